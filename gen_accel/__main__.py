@@ -1,0 +1,3 @@
+from gen_accel.cli.main import main
+
+raise SystemExit(main())

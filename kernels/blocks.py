@@ -1,0 +1,164 @@
+"""Block lists: which key blocks each query block sees, in FlexAttention's convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Key blocks per (batch, head, query block), as counts and index lists.
+
+    *Full* blocks are attended without any element mask, *partial* ones through ``mask_mod``. Keys
+    at or beyond ``kv_len`` do not exist, whatever the lists say, so a ragged last block needs no
+    mask. The lists are those of ``torch.nn.attention.flex_attention.BlockMask``; no N x N mask is
+    ever built.
+
+    Attributes:
+        full_kv_num_blocks: int32 ``[B|1, H|1, nQ]``, how many entries of each full list count.
+        full_kv_indices: int32 ``[B|1, H|1, nQ, K]``, ascending block indices; the rest is padding
+            with valid (in-range) indices.
+        q_len: Number of queries.
+        kv_len: Number of keys.
+        block_q: Queries per block; ``nQ = ceil(q_len / block_q)``.
+        block_kv: Keys per block; ``nKV = ceil(kv_len / block_kv)``.
+        kv_num_blocks: As above for the partial blocks, or None when there are none.
+        kv_indices: As above for the partial blocks, or None.
+        mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, the element rule of the partial blocks.
+    """
+
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    kv_num_blocks: Tensor | None = None
+    kv_indices: Tensor | None = None
+    mask_mod: MaskMod | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kv_num_blocks is None) != (self.kv_indices is None):
+            raise ValueError("kv_num_blocks and kv_indices belong together: give both or neither")
+        if self.kv_num_blocks is not None and self.mask_mod is None:
+            raise ValueError(
+                "partial blocks need a mask_mod; blocks without an element rule are full"
+            )
+        for counts, lists in (
+            (self.full_kv_num_blocks, self.full_kv_indices),
+            (self.kv_num_blocks, self.kv_indices),
+        ):
+            if counts is None or lists is None:
+                continue
+            if counts.ndim != 3 or lists.ndim != 4 or lists.shape[:3] != counts.shape:
+                raise ValueError(
+                    f"counts {tuple(counts.shape)} and lists {tuple(lists.shape)}: expected "
+                    "[B|1, H|1, nQ] and [B|1, H|1, nQ, K]"
+                )
+            if counts.shape[2] != self.num_q_blocks:
+                raise ValueError(
+                    f"{counts.shape[2]} query blocks listed, but q_len={self.q_len} and "
+                    f"block_q={self.block_q} make {self.num_q_blocks}"
+                )
+
+    @property
+    def num_q_blocks(self) -> int:
+        """ceil(q_len / block_q)."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """ceil(kv_len / block_kv)."""
+        return -(-self.kv_len // self.block_kv)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the lists."""
+        return self.full_kv_num_blocks.device
+
+    @classmethod
+    def from_mask(
+        cls,
+        full: Tensor,
+        *,
+        q_len: int,
+        kv_len: int,
+        block_size: int | tuple[int, int],
+        partial: Tensor | None = None,
+        mask_mod: MaskMod | None = None,
+    ) -> Blocks:
+        """Build the lists from block masks.
+
+        Args:
+            full: bool ``[B|1, H|1, nQ, nKV]``, blocks attended whole.
+            q_len: Number of queries.
+            kv_len: Number of keys.
+            block_size: Tokens per block, one number or (query, key).
+            partial: bool, same shape, blocks attended through ``mask_mod``; disjoint from ``full``.
+            mask_mod: Element rule of the partial blocks.
+        """
+        block_q, block_kv = (block_size, block_size) if isinstance(block_size, int) else block_size
+        num_q, num_kv = -(-q_len // block_q), -(-kv_len // block_kv)
+        if full.ndim != 4 or full.shape[2:] != (num_q, num_kv):
+            raise ValueError(
+                f"block mask {tuple(full.shape)}: q_len={q_len}, kv_len={kv_len} in blocks of "
+                f"{block_q}x{block_kv} need [B|1, H|1, {num_q}, {num_kv}]"
+            )
+        counts, lists = _to_lists(full)
+        blocks = cls(counts, lists, q_len, kv_len, block_q, block_kv)
+        if partial is None or not bool(partial.any()):
+            return blocks
+        if bool((partial & full).any()):
+            raise ValueError("a block is listed as full and as partial; it can be one of them")
+        counts, lists = _to_lists(partial)
+        return replace(blocks, kv_num_blocks=counts, kv_indices=lists, mask_mod=mask_mod)
+
+    def mask(self, which: str = "all") -> Tensor:
+        """The ``"full"``, ``"partial"`` or ``"all"`` blocks as bool ``[B|1, H|1, nQ, nKV]``."""
+        full = _to_mask(self.full_kv_num_blocks, self.full_kv_indices, self.num_kv_blocks)
+        if which == "full":
+            return full
+        if self.kv_num_blocks is None or self.kv_indices is None:
+            return full if which == "all" else torch.zeros_like(full)
+        partial = _to_mask(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
+        return partial if which == "partial" else full | partial
+
+    def density(self) -> float:
+        """Kept share of all (query block, key block) pairs, partial blocks counted whole."""
+        kept = self.full_kv_num_blocks.double().mean()
+        if self.kv_num_blocks is not None:
+            kept = kept + self.kv_num_blocks.double().mean()
+        return float(kept) / self.num_kv_blocks
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """The same lists on another device."""
+        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        return replace(
+            self,
+            full_kv_num_blocks=self.full_kv_num_blocks.to(device),
+            full_kv_indices=self.full_kv_indices.to(device),
+            kv_num_blocks=move(self.kv_num_blocks),
+            kv_indices=move(self.kv_indices),
+        )
+
+
+def _to_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    counts = mask.sum(-1, dtype=torch.int32)
+    width = max(1, int(counts.max())) if counts.numel() else 1
+    # A stable descending sort of 0/1 puts the kept indices first, in ascending order.
+    order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
+    return counts, order[..., :width].to(torch.int32).contiguous()
+
+
+def _to_mask(counts: Tensor, lists: Tensor, width: int) -> Tensor:
+    listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
+    mask = torch.zeros(*lists.shape[:3], width + 1, dtype=torch.bool, device=lists.device)
+    # Padding entries are sent to an extra column that is cut off again.
+    mask.scatter_(-1, torch.where(listed, lists.long(), width), True)
+    return mask[..., :width]
