@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 # The folders kernels/, pipelines/ and eval/ stand beside this one in the repository. An installed
 # package has them inside; a bare clone (a ComfyUI custom node, say) finds them through this path.
 _root = Path(__file__).resolve().parent.parent
-if (_root / "kernels" / "api.py").is_file() and (_root / "pyproject.toml").is_file():
+if (_root / "kernels" / "blocks.py").is_file() and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 _EXPORTS = {
