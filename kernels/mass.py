@@ -1,0 +1,134 @@
+"""Where the attention mass lies: post-softmax statistics per block, never an N x N matrix.
+
+Rows are taken in chunks; a chunk's probabilities are reduced to blocks and thrown away, so memory
+is ``chunk x keys``. Rows may be subsampled: the mass of a query block is a mean over its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 24  # probabilities held at a time: 64 MiB in fp32
+
+
+def sample_rows(blocks: int, block: int, per_block: int | None, device: torch.device) -> Tensor:
+    """Row indices, equally many from each block, evenly spread; int64 ``[blocks * per_block]``."""
+    count = block if per_block is None else min(per_block, block)
+    inside = (torch.arange(count, device=device) * block) // count
+    return (torch.arange(blocks, device=device)[:, None] * block + inside).flatten()
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block: int,
+    blocks: int,
+    rows_per_block: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Share of the softmax mass that each block of queries puts on each block of keys.
+
+    Args:
+        q: ``[batch, queries, heads, head_dim]``; its first ``blocks * block`` rows are measured.
+        k: ``[batch, keys, heads, head_dim]``; every key is in the softmax, the first
+            ``blocks * block`` are reported.
+        block: Tokens per block.
+        blocks: Number of whole blocks to report.
+        rows_per_block: Rows sampled from each query block; None takes all of them.
+        scale: Softmax scale, default ``head_dim ** -0.5``.
+
+    Returns:
+        fp32 ``[heads, blocks, blocks]``, mean over batch and rows. A row sums to 1 minus the mass
+        on keys that are not reported (text, the ragged tail).
+    """
+    batch, _, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    rows = sample_rows(blocks, block, rows_per_block, q.device)
+    per_block = rows.numel() // max(blocks, 1)
+    mass = torch.zeros(heads, blocks, blocks, device=q.device)
+    # Whole query blocks per chunk, so that a chunk reduces by a reshape.
+    step = max(1, _CHUNK_ELEMENTS // max(1, k.shape[1] * per_block)) * per_block
+    for sample in range(batch):
+        for head in range(heads):
+            keys = k[sample, :, head].float().T
+            for start in range(0, rows.numel(), step):
+                chunk = rows[start : start + step]
+                logits = (q[sample, chunk, head].float() * scale) @ keys
+                p = logits.softmax(-1)[:, : blocks * block]
+                tiles = p.view(-1, per_block, blocks, block).sum(-1).mean(1)
+                first = start // per_block
+                mass[head, first : first + tiles.shape[0]] += tiles
+    return mass / batch
+
+
+@dataclass(frozen=True)
+class OrderStatistics:
+    """Block statistics of one attention map under several token orders.
+
+    Attributes:
+        mass: fp32 ``[heads, orders, blocks, blocks]``, mean softmax mass per row.
+        below: fp32, same shape, share of the block's entries below ``eps``.
+        peak: fp32, same shape, largest entry of the block.
+        block: Tokens per block.
+    """
+
+    mass: Tensor
+    below: Tensor
+    peak: Tensor
+    block: int
+
+
+def order_statistics(
+    q: Tensor,
+    k: Tensor,
+    permutations: Tensor,
+    *,
+    block: int,
+    rows: Tensor,
+    eps: float,
+    scale: float | None = None,
+) -> OrderStatistics:
+    """Compare token orders on the same sampled rows: one softmax, one reduction per order.
+
+    Args:
+        q: ``[batch, queries, heads, head_dim]``, video first, in raster order.
+        k: ``[batch, keys, heads, head_dim]``, video first, in raster order.
+        permutations: int64 ``[orders, video]``, raster index of the token at each place.
+        block: Tokens per block; only whole blocks are counted.
+        rows: int64, raster indices of the rows to look at.
+        eps: Entries below it count as empty (see `OrderStatistics.below`).
+        scale: Softmax scale, default ``head_dim ** -0.5``.
+    """
+    batch, _, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    orders, video = permutations.shape
+    blocks = video // block
+    places = torch.empty_like(permutations)  # where each raster token stands in each order
+    places.scatter_(1, permutations, torch.arange(video, device=q.device).expand(orders, -1))
+    shape = (heads, orders, blocks + 1, blocks)  # the extra row collects the ragged tail
+    mass, below, peak = (torch.zeros(shape, device=q.device) for _ in range(3))
+    seen = torch.zeros(orders, blocks + 1, device=q.device)
+    step = max(1, _CHUNK_ELEMENTS // k.shape[1])
+    for start in range(0, rows.numel(), step):
+        chunk = rows[start : start + step]
+        homes = (places[:, chunk] // block).clamp_(max=blocks)
+        for order in range(orders):
+            seen[order].index_add_(0, homes[order], torch.ones(chunk.numel(), device=q.device))
+        for sample in range(batch):
+            for head in range(heads):
+                keys = k[sample, :, head].float().T
+                p = ((q[sample, chunk, head].float() * scale) @ keys).softmax(-1)
+                for order in range(orders):
+                    tiles = p[:, permutations[order, : blocks * block]].view(-1, blocks, block)
+                    home = homes[order]
+                    mass[head, order].index_add_(0, home, tiles.sum(-1))
+                    below[head, order].index_add_(0, home, (tiles < eps).float().mean(-1))
+                    peak[head, order].index_reduce_(0, home, tiles.amax(-1), "amax")
+    count = (seen * batch).clamp_(min=1)[None, :, :blocks, None]
+    return OrderStatistics(
+        mass[:, :, :blocks] / count, below[:, :, :blocks] / count, peak[:, :, :blocks], block
+    )
