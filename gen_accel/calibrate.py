@@ -1,0 +1,186 @@
+"""Calibrate offline: watch whole dense runs and write a plan with masks for every part of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gen_accel.engine import Engine
+from gen_accel.install import _provenance, apply
+from gen_accel.layout import TokenLayout
+from gen_accel.plan import AttentionPlan, ComponentPlan
+from gen_accel.processors import ParoProcessor
+from gen_accel.recorder import Measurement, Recorder
+
+PAPER = "paper"
+
+
+def step_groups(steps: int, dense: int, groups: int | str) -> list[int | None]:
+    """Which masks each denoising step contributes to and uses.
+
+    Args:
+        steps: Number of denoising steps.
+        dense: How many of them run dense at the beginning; they need no masks.
+        groups: Number of equal groups, or ``"paper"``: each step of the first half of the run has
+            masks of its own, the second half shares one set (PAROAttention, section 4).
+
+    Returns:
+        For each step its group, or None where it is dense.
+    """
+    sparse = steps - dense
+    if groups == PAPER:
+        own = [max(0, min(step, (steps + 1) // 2) - dense) for step in range(steps)]
+        return [None if step < dense else own[step] for step in range(steps)]
+    count = min(int(groups), sparse)
+    return [None if step < dense else (step - dense) * count // sparse for step in range(steps)]
+
+
+def calibrate(
+    pipe: Any,
+    prompts: str | Sequence[str | Mapping[str, Any]],
+    *,
+    density: float = 0.3,
+    groups: int | str = 4,
+    dense_steps: float = 0.2,
+    block: int | None = None,
+    reorder: bool = True,
+    criterion: str = "mass",
+    rows_per_block: int | None = 16,
+    order_prompts: int = 1,
+    progress: bool = True,
+    **call: Any,
+) -> AttentionPlan:
+    """Measure orders and block masks of a pipeline over whole dense runs.
+
+    One pass over the first prompts chooses an order per (layer, head); a second pass over all of
+    them measures the block masses in that order, one set per step group. Groups are keyed by noise
+    level, so a plan holds for another number of steps of the same scheduler. The procedure is our
+    reconstruction of PAROAttention's offline calibration.
+
+    Args:
+        pipe: The pipeline, without a gen_accel processor (one that is installed is removed).
+        prompts: Prompts, or mappings of call arguments where a prompt is not enough (an image). One
+            or two are enough: the paper finds attention maps of different prompts 99 % alike.
+        density: Share of the video-to-video blocks to keep, in (0, 1].
+        groups: Step groups with masks of their own, a number or ``"paper"``; see `step_groups`.
+        dense_steps: First share of the steps that will run dense and needs no masks.
+        block: Tokens per block; None picks by length.
+        reorder: False keeps raster order.
+        criterion: ``"mass"`` or ``"paper"``; see `Measurement`.
+        rows_per_block: Query rows sampled per block; None takes all.
+        order_prompts: How many prompts the order pass looks at.
+        progress: Show a progress bar over prompts.
+        **call: Arguments of the pipeline: ``height``, ``width``, ``num_frames``,
+            ``num_inference_steps``, ``guidance_scale``, ``generator``, ...
+
+    Returns:
+        The plan; save it with ``plan.save(path)``. ``plan.info`` says how it was made, how long it
+        took, and ``plan.mass_kept()`` how much softmax mass it keeps.
+
+    Raises:
+        ValueError: No prompts, or a setting out of range.
+    """
+    runs = _calls([prompts] if isinstance(prompts, str) else prompts, call)
+    measurement = Measurement(density, block, reorder, criterion, rows_per_block)
+    if groups != PAPER and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"groups={groups!r}: give a number of step groups, or {PAPER!r}")
+    started = time.perf_counter()
+    policy = ParoProcessor(dense_steps=dense_steps, min_tokens=0)
+    watchers = []
+    with apply(pipe, policy) as handle:
+        for component in handle.components:
+            watchers.append(_Watcher(component.engine, measurement, groups))
+        passes = [("orders", runs[:order_prompts])] if reorder else []
+        passes.append(("masks", runs))
+        bar = tqdm(
+            total=sum(len(part) for _, part in passes), desc="calibrate", disable=not progress
+        )
+        for what, part in passes:
+            for watcher in watchers:
+                watcher.what = what
+            for arguments in part:
+                bar.set_postfix_str(what)
+                pipe(**arguments)
+                bar.update()
+        bar.close()
+    seconds = time.perf_counter() - started
+    recorder = watchers[0].recorder
+    info = _provenance(measurement, "offline", seconds)
+    info.update(prompts=len(runs), steps=watchers[0].steps, groups=groups, dense_steps=dense_steps)
+    components = {watcher.engine.name: watcher.plan() for watcher in watchers}
+    return AttentionPlan(recorder.grid, recorder.block, density, components, info)
+
+
+def _calls(
+    prompts: Sequence[str | Mapping[str, Any]], call: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    if not prompts:
+        raise ValueError("prompts=[]: calibration watches real runs; give one or two prompts")
+    runs = []
+    for prompt in prompts:
+        own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        # Pixels are not looked at, so they are not decoded.
+        runs.append({"output_type": "latent", **call, **own})
+    return runs
+
+
+class _Watcher:
+    """Holds an engine dense and feeds its recorder, step group by step group."""
+
+    def __init__(self, engine: Engine, measurement: Measurement, groups: int | str) -> None:
+        self.engine = engine
+        self.measurement = measurement
+        self.groups = groups
+        self.what = "orders"
+        self.steps = 0
+        self._recorder: Recorder | None = None
+        self._first_sparse = 0
+        self._of_step: list[int | None] = []
+        self._sigma: dict[int, float] = {}
+        engine.observer = self.observe
+
+    @property
+    def recorder(self) -> Recorder:
+        if self._recorder is None:
+            raise ValueError(
+                f"{self.engine.name}: no attention call was seen past the dense steps; raise "
+                "num_inference_steps or lower dense_steps"
+            )
+        return self._recorder
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+        context = self.engine.context
+        if context.step is None or context.steps is None:
+            raise ValueError(
+                "calibrate() needs a pipeline with a scheduler, not a bare transformer"
+            )
+        if self._recorder is None or self.steps != context.steps:
+            self.steps = context.steps
+            self._first_sparse = self.engine.schedule.dense_step_count(context.steps)
+            self._of_step = step_groups(context.steps, self._first_sparse, self.groups)
+            count = 1 + max((g for g in self._of_step if g is not None), default=0)
+            self._recorder = Recorder(layout, self.measurement, count)
+        group = self._of_step[context.step]
+        if group is None:
+            return
+        self._sigma[group] = min(self._sigma.get(group, float("inf")), context.sigma or 0.0)
+        if self.what == "masks":
+            self._recorder.observe_mass(layer, q, k, layout, group)
+        elif (context.step - self._first_sparse) % 4 == 0:  # neighbouring steps look alike
+            self._recorder.observe_orders(layer, q, k, layout)
+
+    def plan(self) -> ComponentPlan:
+        recorder = self.recorder
+        lows = [self._sigma.get(group, 0.0) for group in range(recorder.groups)]
+        # A transformer that serves part of the run (Wan 2.2) never saw the other groups.
+        for group in range(recorder.groups - 2, -1, -1):
+            lows[group] = max(lows[group], lows[group + 1])
+        plan = ComponentPlan(self.engine.model, tuple(lows))
+        for layer in range(self.engine.layers):
+            if recorder.observed(layer):
+                plan.layers[layer] = recorder.layer_plan(layer)
+        return plan

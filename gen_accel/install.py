@@ -1,0 +1,275 @@
+"""Put a policy on a pipeline, see what it did, take it off again."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gen_accel.engine import Engine, RunStats
+from gen_accel.families import family_of
+from gen_accel.families.base import Family, FamilyProcessor
+from gen_accel.plan import AttentionPlan
+from gen_accel.processors import ParoProcessor
+
+log = logging.getLogger("gen_accel")
+
+_installed: weakref.WeakKeyDictionary[nn.Module, Component] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Component:
+    """One accelerated transformer.
+
+    Attributes:
+        name: Component name in the pipeline.
+        transformer: The model.
+        family: Its family.
+        engine: What runs its attention.
+        taken: Module name -> the stock processor that stood there.
+        left: Module name -> why it was left alone.
+    """
+
+    name: str
+    transformer: nn.Module
+    family: Family
+    engine: Engine
+    taken: dict[str, Any]
+    left: dict[str, str]
+    hook: Any = None
+
+    def install(self) -> None:
+        """Put a processor on every module taken, and the hook on the transformer."""
+        for layer, (name, stock) in enumerate(self.taken.items()):
+            kind = self.family.processors[type(stock).__name__]
+            _set(self.transformer.get_submodule(name), kind(self.engine.attend, layer, stock))
+        self.hook = self.transformer.register_forward_pre_hook(self.engine.begin, with_kwargs=True)
+        _installed[self.transformer] = self
+
+    def remove(self) -> None:
+        """Put the stock processors back and take the hook off."""
+        if _installed.get(self.transformer) is not self:
+            return
+        for name, stock in self.taken.items():
+            module = self.transformer.get_submodule(name)
+            # Something installed after us (an IP-Adapter, fused projections) is not ours to undo.
+            if isinstance(module.processor, FamilyProcessor):
+                _set(module, stock)
+        self.hook.remove()
+        del _installed[self.transformer]
+
+
+class Handle:
+    """What `apply` returns: a look at the run, and the way back.
+
+    Use it as a context manager to remove the processors at the end of a block.
+    """
+
+    def __init__(self, processor: ParoProcessor, components: list[Component]) -> None:
+        self.processor = processor
+        self.components = components
+
+    @property
+    def plan(self) -> AttentionPlan | None:
+        """The plan in use: the one that was given, or the one made while calibrating.
+
+        None until calibration is complete. Save it with ``handle.plan.save(path)``.
+        """
+        engines = [component.engine for component in self.components]
+        if engines[0].given is not None:
+            return engines[0].given
+        made = [engine.made() for engine in engines]
+        if any(plan is None for plan in made):
+            return None
+        parts = {engine.name: plan for engine, plan in zip(engines, made) if plan is not None}
+        recorder = engines[0].recorder
+        assert recorder is not None
+        return AttentionPlan(
+            grid=recorder.grid,
+            block=recorder.block,
+            density=recorder.measurement.density,
+            components=parts,
+            info=_provenance(recorder.measurement, "during a run", recorder.seconds),
+        )
+
+    def stats(self) -> dict[str, RunStats]:
+        """What the last pipeline call did, per transformer."""
+        return {component.name: component.engine.stats for component in self.components}
+
+    def summary(self) -> str:
+        """What was accelerated, what was left alone and why, and what runs dense."""
+        lines = [repr(self.processor)]
+        for component in self.components:
+            lines.append(
+                f"{component.name} ({component.engine.model}, family {component.family.name}): "
+                f"{len(component.taken)} attention modules accelerated"
+            )
+            for reason in sorted(set(component.left.values())):
+                names = [n for n, why in component.left.items() if why == reason]
+                lines.append(f"  left alone: {len(names)} x {reason} ({names[0]}, ...)")
+            stats = component.engine.stats
+            for reason, count in stats.dense.items():
+                lines.append(f"  dense: {count} calls, {reason}")
+            if stats.sparse:
+                lines.append(
+                    f"  sparse: {stats.sparse} calls, density {stats.mean_density:.3f}, "
+                    f"carrier {stats.carrier}"
+                )
+        return "\n".join(lines)
+
+    def remove(self) -> None:
+        """Put the stock processors back. Safe to call twice."""
+        for component in self.components:
+            component.remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Handle:
+    """Accelerate the attention of a pipeline.
+
+    Args:
+        pipe: A diffusers pipeline, all of whose transformers are taken (Wan 2.2 has two), or one
+            transformer. Without the pipeline's scheduler a transformer's steps are told apart by
+            their timestep, and shares of the run (``dense_steps``) cannot be known: only the
+            calibrating step is dense.
+        processor: The policy. Processors of an earlier `apply` are removed first.
+        profile: Time the calls on a GPU too, at the price of synchronising around each.
+
+    Returns:
+        A `Handle`.
+
+    Raises:
+        TypeError: ``processor`` is not one of gen_accel's.
+        ValueError: Nothing here can be accelerated; the message lists the supported models.
+        PlanError: The processor's plan was made for another model.
+    """
+    if not isinstance(processor, ParoProcessor):
+        raise TypeError(
+            f"{type(processor).__name__}: apply() takes a gen_accel processor; set a diffusers "
+            "processor with pipe.transformer.set_attn_processor(...)"
+        )
+    plan = processor.load_plan()
+    found = _transformers(pipe)
+    scheduler = None if isinstance(pipe, nn.Module) else _scheduler_of(pipe)
+    components = []
+    for name, transformer in found.items():
+        if transformer in _installed:
+            _installed[transformer].remove()
+        family = family_of(transformer)
+        taken, left = _modules(transformer, family)
+        if not taken:
+            reasons = "; ".join(sorted(set(left.values()))) or "it has no attention modules"
+            raise ValueError(f"{name}: no attention module can be accelerated ({reasons})")
+        engine = Engine(
+            name=name,
+            model=_model_string(transformer, len(taken)),
+            layers=len(taken),
+            schedule=processor.schedule(),
+            measurement=processor.measurement(),
+            layout_of=family.layout,
+            plan=plan,
+            scheduler=scheduler,
+            precision=processor.precision,
+            impl=processor.impl,
+            profile=profile,
+        )
+        components.append(Component(name, transformer, family, engine, taken, left))
+    if plan is not None:
+        plan.check({component.name: component.engine.model for component in components})
+    for component in components:
+        component.install()
+    handle = Handle(processor, components)
+    log.info("%s", handle.summary())
+    return handle
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """Component name -> transformer that a family serves."""
+    if isinstance(pipe, nn.Module):
+        family_of(pipe)  # its error names the supported models
+        return {"transformer": getattr(pipe, "_orig_mod", pipe)}
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"{type(pipe).__name__}: apply() takes a diffusers pipeline or transformer")
+    found = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and name.startswith("transformer"):
+            family_of(part)
+            found[name] = getattr(part, "_orig_mod", part)
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no diffusion transformer; gen_accel accelerates DiT "
+            "pipelines (Wan, HunyuanVideo, FLUX, Cosmos)"
+        )
+    return found
+
+
+def _scheduler_of(pipe: Any) -> Callable[[], Any]:
+    """Looked up at every forward: users swap schedulers. Weak, or the pipeline would never die."""
+    reference = weakref.ref(pipe)
+
+    def scheduler() -> Any:
+        alive = reference()
+        return None if alive is None else getattr(alive, "scheduler", None)
+
+    return scheduler
+
+
+def _modules(transformer: nn.Module, family: Family) -> tuple[dict[str, Any], dict[str, str]]:
+    """Stock processors of the modules to take, and the reasons of those to leave."""
+    taken: dict[str, Any] = {}
+    left: dict[str, str] = {}
+    for name, module in transformer.named_modules():
+        if not hasattr(module, "processor"):
+            continue
+        reason = family.keep(name, module)
+        if reason is None:
+            taken[name] = module.processor
+        else:
+            left[name] = reason
+    return taken, left
+
+
+def _model_string(transformer: Any, layers: int) -> str:
+    """Class, accelerated layers, heads and head_dim: what a plan must agree with."""
+    config = transformer.config
+    return (
+        f"{type(transformer).__name__}/{layers}x{config.num_attention_heads}"
+        f"x{config.attention_head_dim}"
+    )
+
+
+def _set(module: nn.Module, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+def _provenance(measurement: Any, how: str, seconds: float) -> dict[str, Any]:
+    import diffusers
+    import torch
+
+    import gen_accel
+
+    return {
+        "calibrated": how,
+        "criterion": measurement.criterion,
+        "reorder": measurement.reorder,
+        "rows_per_block": measurement.rows_per_block,
+        "seconds": round(seconds, 3),
+        "versions": {
+            "gen_accel": gen_accel.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
