@@ -263,7 +263,7 @@ class Engine:
         if reason is None and self.schedule.is_dense_layer(layer, self.layers):
             reason = "dense layer"
         if reason is None and layer not in self.component.layers:
-            reason = CALIBRATING
+            reason = CALIBRATING if self.given is None else "layer not in the plan"
         if reason is None:
             plan = self.component.layers[layer]
             return self._sparse(

@@ -188,7 +188,7 @@ def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Hand
     for component in components:
         component.install()
     handle = Handle(processor, components)
-    log.info("%s", handle.summary())
+    log.debug("%s", handle.summary())
     return handle
 
 

@@ -100,7 +100,7 @@ class ComponentPlan:
         return len(self.sigmas) - 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AttentionPlan:
     """Everything a sparse run needs to know, for one token grid.
 
@@ -117,6 +117,13 @@ class AttentionPlan:
     density: float
     components: dict[str, ComponentPlan]
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(
+            f"{name}: {len(part.layers)} layers x {len(part.sigmas)} step groups"
+            for name, part in self.components.items()
+        )
+        return f"AttentionPlan({self.grid}, block={self.block}, density={self.density}, {parts})"
 
     def mass_kept(self) -> float:
         """Mean softmax mass that the kept blocks hold, over components, layers and groups."""

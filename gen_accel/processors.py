@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from gen_accel.recorder import Measurement
 from gen_accel.schedule import Schedule
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ParoProcessor:
     """PAROAttention: an axis order per head and a static block mask (arXiv 2506.16054).
 
@@ -69,6 +69,14 @@ class ParoProcessor:
             raise ValueError(f"grid={self.grid}: give (frames, height, width), each at least 1")
         if self.plan is not None and not isinstance(self.plan, (AttentionPlan, str, os.PathLike)):
             raise TypeError(f"plan={self.plan!r}: give an AttentionPlan, a path, or None")
+
+    def __repr__(self) -> str:
+        changed = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.init and getattr(self, f.name) != f.default
+        )
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def schedule(self) -> Schedule:
         """Which calls stay dense."""

@@ -127,7 +127,9 @@ def order_statistics(
                     home = homes[order]
                     mass[head, order].index_add_(0, home, tiles.sum(-1))
                     below[head, order].index_add_(0, home, (tiles < eps).float().mean(-1))
-                    peak[head, order].index_reduce_(0, home, tiles.amax(-1), "amax")
+                    peak[head, order].scatter_reduce_(
+                        0, home[:, None].expand(-1, blocks), tiles.amax(-1), "amax"
+                    )
     count = (seen * batch).clamp_(min=1)[None, :, :blocks, None]
     return OrderStatistics(
         mass[:, :, :blocks] / count, below[:, :, :blocks] / count, peak[:, :, :blocks], block
