@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from gen_accel.layout import TokenLayout
+from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
+from gen_accel.parallel import context_parallel, ulysses_attention
+
+T = TypeVar("T")
 
 
 class Attend(Protocol):
     """The attention call a family hands its q, k, v to.
 
     Shapes: q, k, v and the result ``[batch, tokens, heads, head_dim]``, tokens in the model's own
-    order (``TokenLayout``), RoPE already applied.
+    order (``TokenLayout``), RoPE already applied. ``layer`` counts the accelerated modules,
+    ``backend`` is diffusers' attention backend or None, ``mask`` is the model's own attention mask
+    (what counts when the layout is not known; otherwise ``text_valid`` says the same), and
+    ``heads`` tells which of the layer's heads these are when a rank holds only some of them.
     """
 
     def __call__(  # noqa: D102
-        self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, backend: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        backend: Any,
+        mask: Tensor | None = None,
+        heads: slice | None = None,
     ) -> Tensor: ...
 
 
@@ -27,7 +44,8 @@ class FamilyProcessor:
     """Attention processor of one module: project, normalise, RoPE, then ``attend``.
 
     Subclasses name every keyword of the stock processor in ``__call__``: diffusers filters keywords
-    by that signature, and an unnamed ``image_rotary_emb`` would silently be lost.
+    by that signature, and an unnamed ``image_rotary_emb`` would silently be lost. RoPE is always
+    the fifth parameter, after ``attention_mask``.
 
     Args:
         attend: Attention implementation, see `Attend`.
@@ -35,15 +53,78 @@ class FamilyProcessor:
         stock: The processor that stood here before; used for whatever is not self-attention.
     """
 
-    # Read and set by diffusers: set_attention_backend() and enable_parallelism() skip processors
-    # that lack them, and a skipped processor gives silently wrong output on sharded inputs.
-    _attention_backend: Any = None
-    _parallel_config: Any = None
+    ulysses: ClassVar[bool] = False
+    """Whether the tokens of a shard are one piece of the raster, so that Ulysses is exact."""
 
     def __init__(self, attend: Attend, layer: int, stock: Any) -> None:
         self.attend = attend
         self.layer = layer
         self.stock = stock
+
+    # set_attention_backend() and enable_parallelism() write these two on the processor they find.
+    # They live on the stock processor: it obeys them when we delegate, and keeps them when we go.
+    @property
+    def _attention_backend(self) -> Any:
+        return getattr(self.stock, "_attention_backend", None)
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.stock._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return getattr(self.stock, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.stock._parallel_config = config
+
+    @classmethod
+    def layout(
+        cls,
+        grid: TokenGrid,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> TokenLayout:
+        """Token layout of one call of this processor, from its own arguments and a known grid.
+
+        For processors set by hand; under ``apply`` the layout comes from the transformer's
+        arguments (`Family.layout`).
+        """
+        return TokenLayout(grid)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``attend``, across processes where diffusers' context parallelism is on."""
+        config = context_parallel(self._parallel_config)
+        if config is None:
+            return self.attend(
+                q, k, v, layer=self.layer, backend=self._attention_backend, mask=mask
+            )
+        if not self.ulysses:
+            raise ValueError(
+                f"context parallelism with {type(self).__name__}: only Wan keeps its tokens in "
+                "order across ranks; remove() the processors before enable_parallelism()"
+            )
+
+        def on_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+            return self.attend(
+                q, k, v, layer=self.layer, backend=self._attention_backend, mask=mask, heads=heads
+            )
+
+        return ulysses_attention(on_heads, q, k, v, config)
+
+
+class Match(NamedTuple):
+    """What an attention module called by hand turned out to be.
+
+    Attributes:
+        processor: The `FamilyProcessor` for this call, or None when the stock one must do it.
+        stock: A fresh stock processor.
+    """
+
+    processor: type[FamilyProcessor] | None
+    stock: Any
 
 
 @dataclass(frozen=True)
@@ -56,14 +137,80 @@ class Family:
         processors: Stock processor class name -> the `FamilyProcessor` that replaces it.
         layout: ``(transformer, args, kwargs) -> TokenLayout`` from the arguments of the
             transformer's forward; raises `Unsupported` when the tokens are not one dense grid.
-        keep: ``(module_name, module) -> reason`` for modules of a listed processor class that must
-            stay stock (cross-attention, refiners), or None to take the module.
-        parallel: Whether Ulysses context parallelism is supported.
+        match: ``(attn, encoder_hidden_states, attention_mask, rope) -> Match`` for an attention
+            module met without its transformer, or None when it is not this family's.
+        kept: Stock processor class name -> why it always stays.
     """
 
     name: str
     transformers: tuple[str, ...]
-    processors: dict[str, type[FamilyProcessor]]
+    processors: Mapping[str, type[FamilyProcessor]]
     layout: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], TokenLayout]
-    keep: Callable[[str, nn.Module], str | None]
-    parallel: bool = False
+    match: Callable[[nn.Module, Any, Tensor | None, Any], Match | None]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def keep(self, name: str, module: nn.Module) -> str | None:
+        """Why attention module ``name`` must stay stock, or None to take it."""
+        processor: Any = module.processor
+        if isinstance(processor, FamilyProcessor):
+            return "already accelerated"
+        stock = type(processor).__name__
+        if stock not in self.processors:
+            return self.kept.get(stock, f"{stock} is not known to the {self.name} family")
+        return "cross-attention" if getattr(module, "is_cross_attention", False) else None
+
+
+def is_a(module: nn.Module, class_name: str) -> bool:
+    """Whether ``class_name`` is among the classes of ``module``, without importing it."""
+    return any(cls.__name__ == class_name for cls in type(module).__mro__)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """``[B, S, H*D] -> [B, S, H, D]``.
+
+    The width decides, not ``attn.heads``: under tensor parallelism a rank holds fewer heads.
+    """
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The forward argument ``name`` of a call, however it was passed; None when it was not."""
+    if name in kwargs:
+        return kwargs[name]
+    place = _parameters(type(module)).index(name)
+    return args[place] if place < len(args) else None
+
+
+@lru_cache
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def latent_grid(latents: Tensor, patch_size: tuple[int, int, int]) -> TokenGrid:
+    """Grid after patchify of video latents ``[B, C, F, H, W]``."""
+    if latents.ndim != 5:
+        raise Unsupported(f"hidden_states {tuple(latents.shape)} is not [B, C, F, H, W]")
+    return TokenGrid(*(size // patch for size, patch in zip(latents.shape[2:], patch_size)))
+
+
+_FACTS = WeakTensorKeyDictionary()
+
+
+def read_once(tensor: Tensor, read: Callable[[Tensor], T]) -> T:
+    """``read(tensor)``, remembered while the tensor lives unchanged: reading waits for the GPU.
+
+    Pipelines pass the same ids and masks to every step, so this is one wait per run.
+    """
+    version = 0 if tensor.is_inference() else tensor._version
+    known = _FACTS.get(tensor)
+    if known is None or known[:2] != (version, read):
+        known = (version, read, read(tensor))
+        _FACTS[tensor] = known
+    return known[2]
+
+
+def prefix_lengths(mask: Tensor) -> tuple[int, ...]:
+    """Number of leading True of each row of ``[B, ..., N]``; -1 where a row is no prefix."""
+    rows = mask.flatten(1) != 0
+    broken = (rows[:, 1:] & ~rows[:, :-1]).any(1)
+    return tuple(rows.sum(1).masked_fill(broken, -1).tolist())

@@ -1,0 +1,82 @@
+"""Cosmos 1, 2 and 2.5: video self-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+
+from gen_accel.families.base import (
+    Family,
+    FamilyProcessor,
+    Match,
+    argument,
+    is_a,
+    latent_grid,
+    split_heads,
+)
+from gen_accel.layout import TokenLayout
+
+
+class CosmosProcessor(FamilyProcessor):
+    """Self-attention of Cosmos (stock: ``CosmosAttnProcessor2_0``)."""
+
+    def __call__(  # noqa: D102
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        if (
+            encoder_hidden_states is not None
+            or attention_mask is not None
+            or image_rotary_emb is None
+        ):
+            return self.stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+
+        def rope(x: Tensor) -> Any:
+            return apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
+
+        head_dim = attn.inner_dim // attn.heads
+        q = rope(attn.norm_q(split_heads(attn.to_q(hidden_states), head_dim)))
+        k = rope(attn.norm_k(split_heads(attn.to_k(hidden_states), head_dim)))
+        v = split_heads(attn.to_v(hidden_states), head_dim)
+        out = self.attention(q, k, v).flatten(2, 3).type_as(q)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+    latents = argument(transformer, args, kwargs, "hidden_states")
+    return TokenLayout(latent_grid(latents, transformer.config.patch_size))
+
+
+def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | None:
+    from diffusers.models.transformers import transformer_cosmos as cosmos
+
+    if is_a(attn, "CosmosAttention"):
+        return Match(None, cosmos.CosmosAttnProcessor2_5())
+    # diffusers' Attention serves many models; bias-free projections with RMS-normed q and k,
+    # and RoPE exactly where there is no text, are this one's.
+    plain = type(attn).__name__ == "Attention" and attn.added_kv_proj_dim is None
+    if not plain or attn.use_bias or attn.to_out is None or not is_a(attn.norm_q, "RMSNorm"):
+        return None
+    if attn.is_cross_attention and encoder is not None and rope is None:
+        return Match(None, cosmos.CosmosAttnProcessor2_0())
+    if not attn.is_cross_attention and encoder is None and isinstance(rope, tuple):
+        return Match(CosmosProcessor, cosmos.CosmosAttnProcessor2_0())
+    return None
+
+
+FAMILY = Family(
+    name="cosmos",
+    transformers=("CosmosTransformer3DModel",),
+    processors={"CosmosAttnProcessor2_0": CosmosProcessor},
+    layout=_layout,
+    match=_match,
+    kept={"CosmosAttnProcessor2_5": "cross-attention"},
+)

@@ -1,0 +1,126 @@
+"""FLUX.1: joint attention over [text, image]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor
+
+from gen_accel.families.base import (
+    Family,
+    FamilyProcessor,
+    Match,
+    argument,
+    is_a,
+    read_once,
+    split_heads,
+)
+from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
+
+
+class FluxProcessor(FamilyProcessor):
+    """Joint attention of both block kinds (stock: ``FluxAttnProcessor``)."""
+
+    def __call__(  # noqa: D102
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if attention_mask is not None or image_rotary_emb is None:
+            return self.stock(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+
+        def rope(x: Tensor) -> Any:
+            return apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)
+
+        def project(x: Tensor, fused: str, *single: str) -> list[Tensor]:
+            if attn.fused_projections:
+                parts = getattr(attn, fused)(x).chunk(3, dim=-1)
+            else:
+                parts = [getattr(attn, name)(x) for name in single]
+            return [split_heads(part, attn.head_dim) for part in parts]
+
+        q, k, v = project(hidden_states, "to_qkv", "to_q", "to_k", "to_v")
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        # Single-stream blocks arrive with text and image already in one sequence.
+        if encoder_hidden_states is not None:
+            text_q, text_k, text_v = project(
+                encoder_hidden_states, "to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"
+            )
+            q = torch.cat([attn.norm_added_q(text_q), q], dim=1)
+            k = torch.cat([attn.norm_added_k(text_k), k], dim=1)
+            v = torch.cat([text_v, v], dim=1)
+
+        out = self.attention(rope(q), rope(k), v).flatten(2, 3).to(q.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text = encoder_hidden_states.shape[1]
+        image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
+        return image_out, attn.to_add_out(out[:, :text].contiguous())
+
+    @classmethod
+    def layout(  # noqa: D102
+        cls,
+        grid: TokenGrid,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> TokenLayout:
+        if encoder_hidden_states is not None:
+            return TokenLayout(grid, text_before=encoder_hidden_states.shape[1])
+        text = hidden_states.shape[1] - grid.numel
+        if text < 0:
+            raise ValueError(
+                f"grid={grid} has {grid.numel} tokens, the call only {hidden_states.shape[1]}; "
+                "an image of HxW pixels has the grid (1, H/16, W/16)"
+            )
+        return TokenLayout(grid, text_before=text)
+
+
+def _read_grid(img_ids: Tensor) -> TokenGrid | None:
+    """The image grid from position ids ``[S, 3]``, or None when they are not one raster."""
+    frame, row, column = img_ids.cpu().unbind(-1)
+    if bool(frame.any()):
+        return None
+    # Counted, not read off the largest id: ids come in bf16, which is inexact above 256.
+    starts = (row != row[0]).nonzero()
+    width = int(starts[0]) if len(starts) else len(row)
+    if len(row) % width:
+        return None
+    row, column = row.view(-1, width), column.view(-1, width)
+    raster = bool((row == row[:, :1]).all() and (column == column[:1]).all())
+    return TokenGrid(1, len(row), width) if raster else None
+
+
+def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+    image = argument(transformer, args, kwargs, "hidden_states")
+    text = argument(transformer, args, kwargs, "encoder_hidden_states")
+    ids = argument(transformer, args, kwargs, "img_ids")
+    grid = read_once(ids[0] if ids.ndim == 3 else ids, _read_grid)
+    if grid is None or grid.numel != image.shape[1]:
+        raise Unsupported(
+            "img_ids are not one image grid (first column 0): reference images (Kontext) stay dense"
+        )
+    return TokenLayout(grid, text_before=text.shape[1])
+
+
+def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | None:
+    if not is_a(attn, "FluxAttention"):
+        return None
+    return Match(FluxProcessor if mask is None else None, attn._default_processor_cls())
+
+
+FAMILY = Family(
+    name="flux",
+    transformers=("FluxTransformer2DModel",),
+    processors={"FluxAttnProcessor": FluxProcessor},
+    layout=_layout,
+    match=_match,
+    kept={"FluxIPAdapterAttnProcessor": "IP-Adapter"},
+)
