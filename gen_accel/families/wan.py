@@ -52,13 +52,17 @@ class WanProcessor(FamilyProcessor):
 
 
 def rotate(x: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE on interleaved pairs of ``[B, S, H, D]``; cos and sin are ``[1, S, 1, D]``, doubled."""
-    cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    out = torch.empty_like(x)
-    out[..., 0::2] = a * cos - b * sin
-    out[..., 1::2] = a * sin + b * cos
-    return out
+    """RoPE on neighbouring channels of ``[B, S, H, D]``; cos, sin ``[1, S, 1, D]``, each twice.
+
+    Half-width temporaries only: diffusers' general function peaks at several fp32 copies of ``x``.
+    """
+    cos, sin = (freqs[..., ::2] for freqs in rotary_emb)
+    pairs = x.unflatten(-1, (-1, 2))
+    real, imag = pairs.unbind(-1)
+    turned = torch.empty_like(pairs)
+    turned[..., 0] = real * cos - imag * sin
+    turned[..., 1] = imag * cos + real * sin
+    return turned.flatten(-2)
 
 
 def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:

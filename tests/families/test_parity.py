@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from helpers import tiny
-from helpers.dense import Dense, Masked, Zero, difference, installed
 from peft import LoraConfig
 
 from gen_accel.families.base import FamilyProcessor
+from helpers import tiny
+from helpers.dense import Dense, Masked, Zero, difference, installed
 
 TOLERANCE = 1e-5
 

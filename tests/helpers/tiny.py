@@ -40,6 +40,9 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
 from helpers.text import (
     clip_encoder,
     clip_tokenizer,
@@ -48,8 +51,6 @@ from helpers.text import (
     t5_encoder,
     t5_tokenizer,
 )
-from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 VIDEO = {"height": 64, "width": 96, "num_frames": 17}
 CALL = {"prompt": "a cat runs", "num_inference_steps": 2, "output_type": "latent"}
