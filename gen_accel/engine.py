@@ -158,7 +158,7 @@ class Engine:
         if new_step:
             self._finish_layers()
         step, steps = self.context.step, self.context.steps
-        if len(self.component.layers) == self._planned_layers():
+        if not self._missing():
             return
         if self._reason is None:
             self._watch = "mass"
@@ -191,13 +191,18 @@ class Engine:
 
     def _finish_layers(self) -> None:
         assert self._recorder is not None
-        for layer in range(self.layers):
-            if layer not in self.component.layers and self._recorder.observed(layer):
+        for layer in self._missing():
+            if self._recorder.observed(layer):
                 self.component.layers[layer] = self._recorder.layer_plan(layer)
-                log.debug("%s layer %d: calibrated", self.name, layer)
 
-    def _planned_layers(self) -> int:
-        return sum(not self.schedule.is_dense_layer(i, self.layers) for i in range(self.layers))
+    def _missing(self) -> list[int]:
+        """Layers that will run sparse and have no plan yet."""
+        return [
+            layer
+            for layer in range(self.layers)
+            if layer not in self.component.layers
+            and not self.schedule.is_dense_layer(layer, self.layers)
+        ]
 
     # -- once per attention call ---------------------------------------------------------------
 
@@ -207,7 +212,7 @@ class Engine:
         k: Tensor,
         v: Tensor,
         *,
-        layer: int,
+        layer: int | Tensor,
         backend: Any = None,
         heads: slice | None = None,
         mask: Tensor | None = None,
@@ -218,7 +223,7 @@ class Engine:
             q: ``[batch, tokens, heads, head_dim]``, RoPE applied, tokens in the model's order.
             k: Same shape.
             v: Same shape.
-            layer: Index of the module.
+            layer: Index of the module, an integer or a tensor of one on the CPU.
             backend: diffusers attention backend of the dense calls.
             heads: Which heads of the layer these are, when they are sharded.
             mask: The stock processor's mask; used only when the layout is unknown.
@@ -227,7 +232,9 @@ class Engine:
             # Opaque to the compiler: no graph break, and no recompilation when the step changes.
             start, stop = (heads.start, heads.stop) if heads is not None else (-1, -1)
             name = None if backend is None else str(getattr(backend, "value", backend))
-            return _attend_op(q, k, v, mask, self.number, layer, name, start, stop)
+            number = torch.as_tensor(layer)
+            return _attend_op(q, k, v, mask, number, self.number, name, start, stop)
+        layer = int(layer)
         layout = self.context.layout
         if layout is not None and layout.tokens != q.shape[1]:
             layout = None
@@ -322,8 +329,7 @@ class Engine:
         if self._recorder is None:
             return None
         self._finish_layers()
-        complete = len(self.component.layers) == self._planned_layers()
-        return self.component if complete else None
+        return None if self._missing() else self.component
 
     @property
     def recorder(self) -> Recorder | None:
@@ -349,7 +355,7 @@ class Engine:
         if self.observer is not None:
             self.observer(layer, q, k, layout)
             return
-        if self._watch is None or self._recorder is None or layer in self.component.layers:
+        if self._watch is None or self._recorder is None or layer not in self._missing():
             return
         before = self._recorder.seconds
         if self._watch == "orders":
@@ -418,8 +424,8 @@ def _attend_op(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    layer: Tensor,
     engine: int,
-    layer: int,
     backend: str | None,
     start: int,
     stop: int,
@@ -430,5 +436,5 @@ def _attend_op(
 
 
 @_attend_op.register_fake
-def _(q, k, v, mask, engine, layer, backend, start, stop):  # type: ignore[no-untyped-def]
+def _(q, k, v, mask, layer, engine, backend, start, stop):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format)

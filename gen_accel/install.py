@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gen_accel.engine import Engine, RunStats
@@ -18,7 +19,8 @@ from gen_accel.processors import ParoProcessor
 
 log = logging.getLogger("gen_accel")
 
-_installed: weakref.WeakKeyDictionary[nn.Module, Component] = weakref.WeakKeyDictionary()
+# Where a transformer keeps its `Component`: on itself, so that both are collected together.
+_COMPONENT = "_gen_accel"
 
 
 @dataclass(eq=False)
@@ -46,13 +48,15 @@ class Component:
         """Put a processor on every module taken, and the hook on the transformer."""
         for layer, (name, stock) in enumerate(self.taken.items()):
             kind = self.family.processors[type(stock).__name__]
-            _set(self.transformer.get_submodule(name), kind(self.engine.attend, layer, stock))
+            # A tensor, for torch.compile would make a graph of its own for every integer.
+            number = torch.tensor(layer)
+            _set(self.transformer.get_submodule(name), kind(self.engine.attend, number, stock))
         self.hook = self.transformer.register_forward_pre_hook(self.engine.begin, with_kwargs=True)
-        _installed[self.transformer] = self
+        setattr(self.transformer, _COMPONENT, self)
 
     def remove(self) -> None:
         """Put the stock processors back and take the hook off."""
-        if _installed.get(self.transformer) is not self:
+        if getattr(self.transformer, _COMPONENT, None) is not self:
             return
         for name, stock in self.taken.items():
             module = self.transformer.get_submodule(name)
@@ -60,7 +64,7 @@ class Component:
             if isinstance(module.processor, FamilyProcessor):
                 _set(module, stock)
         self.hook.remove()
-        del _installed[self.transformer]
+        delattr(self.transformer, _COMPONENT)
 
 
 class Handle:
@@ -162,8 +166,9 @@ def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Hand
     scheduler = None if isinstance(pipe, nn.Module) else _scheduler_of(pipe)
     components = []
     for name, transformer in found.items():
-        if transformer in _installed:
-            _installed[transformer].remove()
+        earlier = getattr(transformer, _COMPONENT, None)
+        if earlier is not None:
+            earlier.remove()
         family = family_of(transformer)
         taken, left = _modules(transformer, family)
         if not taken:

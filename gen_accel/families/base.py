@@ -33,7 +33,7 @@ class Attend(Protocol):
         k: Tensor,
         v: Tensor,
         *,
-        layer: int,
+        layer: int | Tensor,
         backend: Any,
         mask: Tensor | None = None,
         heads: slice | None = None,
@@ -49,14 +49,15 @@ class FamilyProcessor:
 
     Args:
         attend: Attention implementation, see `Attend`.
-        layer: Index of this module among the accelerated ones of its transformer.
+        layer: Index of this module among the accelerated ones of its transformer; a tensor on the
+            CPU where blocks are compiled, so that all of them share one graph.
         stock: The processor that stood here before; used for whatever is not self-attention.
     """
 
     ulysses: ClassVar[bool] = False
     """Whether the tokens of a shard are one piece of the raster, so that Ulysses is exact."""
 
-    def __init__(self, attend: Attend, layer: int, stock: Any) -> None:
+    def __init__(self, attend: Attend, layer: int | Tensor, stock: Any) -> None:
         self.attend = attend
         self.layer = layer
         self.stock = stock

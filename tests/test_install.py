@@ -1,0 +1,281 @@
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from gen_accel import AttentionPlan, ParoProcessor, apply
+from gen_accel.plan import PlanError
+from helpers import tiny
+
+PIPES = [
+    tiny.tiny_wan,
+    tiny.tiny_wan_i2v,
+    tiny.tiny_wan22,
+    tiny.tiny_hunyuan,
+    tiny.tiny_flux,
+    tiny.tiny_cosmos,
+    tiny.tiny_cosmos2,
+]
+STEPS = 5  # with dense_steps=0.2 the first one is dense
+
+
+def paro(**changes):
+    return ParoProcessor(**{"min_tokens": 0, "block": 16, **changes})
+
+
+def setup(build, steps=STEPS, **options):
+    pipe, call = build(**options)
+    return pipe, {**call, "num_inference_steps": steps}
+
+
+@pytest.mark.parametrize("build", PIPES, ids=lambda b: b.__name__)
+def test_the_one_line(build):
+    pipe, call = setup(build)
+    dense = tiny.run(pipe, **call)
+    handle = pipe.set_attn_processor(paro(density=0.3))
+    sparse = tiny.run(pipe, **call)
+    assert not torch.equal(sparse, dense) and sparse.isfinite().all()
+    stats = list(handle.stats().values())
+    assert sum(s.sparse for s in stats) > 0
+    assert all(0 < s.mean_density < 0.8 for s in stats if s.sparse)
+    handle.remove()
+    assert torch.equal(tiny.run(pipe, **call), dense), "remove() leaves the pipeline as it was"
+
+
+@pytest.mark.parametrize("build", PIPES, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("settings", [dict(dense_steps=1.0), dict(density=1.0)], ids=str)
+def test_all_dense_and_all_kept_equal_the_stock_pipeline(build, settings):
+    pipe, call = setup(build)
+    dense = tiny.run(pipe, **call)
+    with apply(pipe, paro(**settings)) as handle:
+        out = tiny.run(pipe, **call)
+        kinds = sum(s.sparse for s in handle.stats().values())
+    assert (kinds > 0) == ("density" in settings)
+    torch.testing.assert_close(out, dense, atol=2e-5, rtol=1e-4)
+
+
+def test_the_method_is_added_to_the_base_class_only_once():
+    assert "set_attn_processor" in vars(DiffusionPipeline)
+    assert WanPipeline.set_attn_processor is DiffusionPipeline.set_attn_processor
+
+
+def test_schedule_and_reuse():
+    pipe, call = setup(tiny.tiny_wan, steps=10)
+    handle = apply(pipe, paro(dense_steps=0.2, dense_last_steps=0.1, dense_layers=(1,)))
+    assert handle.plan is None
+    tiny.run(pipe, **call)
+    first = handle.stats()["transformer"]
+    # Two branches a step, two layers: 2 dense steps, 7 sparse, 1 dense.
+    assert first.dense == {
+        "first 20% of the steps": 8,
+        "dense layer": 14,
+        "last 10% of the steps": 4,
+    }
+    assert first.sparse == 14
+    assert {step for step, _ in first.density} == set(range(2, 9))
+    assert first.seconds["calibrate"] > 0
+    plan = handle.plan
+    assert plan is not None and set(plan.components["transformer"].layers) == {0}
+
+    tiny.run(pipe, **call)
+    second = handle.stats()["transformer"]
+    assert second.sparse == first.sparse and "calibrate" not in second.seconds
+    assert handle.plan.components["transformer"] is plan.components["transformer"]
+
+
+def test_without_dense_steps_the_first_step_calibrates():
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, paro(dense_steps=0))
+    tiny.run(pipe, **call)
+    stats = handle.stats()["transformer"]
+    assert stats.dense == {"calibrating": 4} and stats.sparse == 16
+
+
+def test_another_grid_calibrates_again_and_says_so(caplog):
+    caplog.set_level(logging.INFO, "gen_accel")
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, paro())
+    tiny.run(pipe, **call)
+    assert str(handle.plan.grid) == "5x4x6"
+    tiny.run(pipe, **{**call, "num_frames": 9})
+    assert str(handle.plan.grid) == "3x4x6"
+    assert "grid 3x4x6 instead of 5x4x6, calibrating again" in caplog.text
+    tiny.run(pipe, **call)
+    assert "calibrate" not in handle.stats()["transformer"].seconds, "the first plan was kept"
+
+
+def test_a_saved_plan_gives_the_same_run(tmp_path):
+    pipe, call = setup(tiny.tiny_hunyuan)
+    handle = apply(pipe, paro())
+    tiny.run(pipe, **call)
+    expected = tiny.run(pipe, **call)
+    path = handle.plan.save(tmp_path / "plan.safetensors")
+    for plan in (path, str(path), AttentionPlan.load(path)):
+        with apply(pipe, paro(plan=plan)) as loaded:
+            assert torch.equal(tiny.run(pipe, **call), expected)
+            assert "calibrate" not in loaded.stats()["transformer"].seconds
+
+
+def test_plans_for_something_else_are_refused(tmp_path):
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, paro())
+    tiny.run(pipe, **call)
+    plan = handle.plan
+    handle.remove()
+    with apply(pipe, paro(plan=plan)), pytest.raises(PlanError, match="for grid 5x4x6, this run"):
+        tiny.run(pipe, **{**call, "num_frames": 9})
+    other, _ = tiny.tiny_wan(heads=4)
+    with pytest.raises(PlanError, match="made for WanTransformer3DModel/2x2x24"):
+        apply(other, paro(plan=plan))
+    assert all(type(p) is WanAttnProcessor for p in other.transformer.attn_processors.values())
+
+
+def test_applying_again_replaces_and_an_old_handle_is_harmless():
+    pipe, call = setup(tiny.tiny_wan)
+    stock = dict(pipe.transformer.attn_processors)
+    first = apply(pipe, paro(density=0.2))
+    second = apply(pipe, paro(density=0.9))
+    first.remove()
+    assert pipe.transformer.attn_processors != stock, "the second one is still there"
+    second.remove()
+    second.remove()
+    assert pipe.transformer.attn_processors == stock
+
+
+def test_what_cannot_be_accelerated():
+    pipe, _ = tiny.tiny_wan()
+    with pytest.raises(TypeError, match="WanAttnProcessor: apply"):
+        apply(pipe, WanAttnProcessor())
+    with pytest.raises(ValueError, match="no family serves this transformer"):
+        apply(AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1]), paro())
+    with pytest.raises(TypeError, match="takes a diffusers pipeline"):
+        apply(object(), paro())
+
+
+def test_summary_tells_what_was_left_and_why():
+    pipe, call = setup(tiny.tiny_hunyuan)
+    handle = apply(pipe, paro(density=0.25))
+    tiny.run(pipe, **call)
+    text = handle.summary()
+    assert "ParoProcessor(density=0.25, min_tokens=0, block=16)" in text
+    assert "4 attention modules accelerated" in text
+    assert "left alone: 1 x token refiner" in text
+    assert "sparse: 16 calls, density 0." in text
+
+
+def test_short_sequences_stay_dense_and_say_so_once(caplog):
+    pipe, call = setup(tiny.tiny_wan)
+    dense = tiny.run(pipe, **call)
+    handle = pipe.set_attn_processor(ParoProcessor())
+    assert torch.equal(tiny.run(pipe, **call), dense)
+    tiny.run(pipe, **call)
+    assert caplog.text.count("120 tokens < min_tokens=4096") == 1
+    assert handle.stats()["transformer"].sparse == 0
+
+
+def test_prompts_of_different_length_in_one_batch():
+    pipe, call = setup(tiny.tiny_hunyuan)
+    prompts = ["a cat runs", "an elephant walks slowly home in the evening"]
+    dense = tiny.run(pipe, **{**call, "prompt": prompts})
+    with apply(pipe, paro(density=1.0)) as handle:
+        out = tiny.run(pipe, **{**call, "prompt": prompts})
+        assert handle.stats()["transformer"].sparse
+    torch.testing.assert_close(out, dense, atol=2e-5, rtol=1e-4)
+    with apply(pipe, paro(density=0.3)):
+        assert tiny.run(pipe, **{**call, "prompt": prompts}).isfinite().all()
+
+
+def test_left_padded_text_stays_dense_with_the_reason(caplog):
+    pipe, call = setup(tiny.tiny_hunyuan)
+    pipe.tokenizer.padding_side = "left"
+    dense = tiny.run(pipe, **call)
+    with apply(pipe, paro()) as handle:
+        torch.testing.assert_close(tiny.run(pipe, **call), dense, atol=2e-5, rtol=1e-4)
+        assert "not a prefix" in next(iter(handle.stats()["transformer"].dense))
+
+
+def test_a_bare_transformer_knows_no_steps_but_runs():
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe.transformer, paro())
+    tiny.run(pipe, **call)
+    stats = handle.stats()["transformer"]
+    assert stats.dense == {"calibrating": 4} and stats.sparse == 16
+
+
+def test_set_on_the_transformer_directly():
+    pipe, call = setup(tiny.tiny_wan)
+    dense = tiny.run(pipe, **call)
+    pipe.transformer.set_attn_processor(paro(grid=(5, 4, 6), density=1.0))
+    torch.testing.assert_close(tiny.run(pipe, **call), dense, atol=2e-5, rtol=1e-4)
+    pipe.transformer.set_attn_processor(paro(grid=(5, 4, 6), density=0.3))
+    assert not torch.equal(tiny.run(pipe, **call), dense)
+    pipe.transformer.set_attn_processor(paro())
+    with pytest.raises(ValueError, match=r"write pipe.set_attn_processor\(...\), or"):
+        tiny.run(pipe, **call)
+
+
+@pytest.mark.parametrize(
+    "build, grid",
+    [(tiny.tiny_hunyuan, (5, 4, 6)), (tiny.tiny_flux, (1, 8, 12))],
+    ids=["hv", "flux"],
+)
+def test_set_directly_on_joint_transformers(build, grid):
+    pipe, call = setup(build)
+    dense = tiny.run(pipe, **call)
+    pipe.transformer.set_attn_processor(paro(grid=grid, density=1.0))
+    torch.testing.assert_close(tiny.run(pipe, **call), dense, atol=2e-5, rtol=1e-4)
+
+
+def test_compiled_blocks_are_one_graph_and_follow_the_schedule():
+    pipe, call = setup(tiny.tiny_wan)
+    with apply(pipe, paro()):
+        expected = tiny.run(pipe, **call)
+    torch._dynamo.reset()
+    handle = apply(pipe, paro())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i, block in enumerate(pipe.transformer.blocks):
+            pipe.transformer.blocks[i] = torch.compile(block, fullgraph=True, backend="eager")
+        out = tiny.run(pipe, **call)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert handle.stats()["transformer"].sparse == 16
+
+
+def test_first_block_cache_skips_blocks_without_confusing_the_steps():
+    pipe, call = setup(tiny.tiny_wan, steps=10)
+    handle = apply(pipe, paro())
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    out = tiny.run(pipe, **call)
+    stats = handle.stats()["transformer"]
+    assert out.isfinite().all()
+    assert stats.sparse < 32, "the cache skipped some calls"
+    assert handle.components[0].engine.context.step == 9
+
+
+def test_save_and_load_are_intact(tmp_path):
+    pipe, call = setup(tiny.tiny_wan)
+    dense = tiny.run(pipe, **call)
+    apply(pipe, paro())
+    pipe.transformer.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert all(type(p) is WanAttnProcessor for p in loaded.attn_processors.values())
+    pipe.transformer = loaded
+    torch.testing.assert_close(tiny.run(pipe, **call), dense)
+
+
+def test_a_pipeline_with_processors_can_be_collected():
+    pipe, _ = tiny.tiny_wan()
+    handle = apply(pipe, paro())
+    transformer = weakref.ref(pipe.transformer)
+    del pipe, handle
+    gc.collect()
+    assert transformer() is None
