@@ -107,12 +107,18 @@ def calibrate(
                 pipe(**arguments)
                 bar.update()
         bar.close()
-    seconds = time.perf_counter() - started
-    recorder = watchers[0].recorder
-    info = _provenance(measurement, "offline", seconds)
-    info.update(prompts=len(runs), steps=watchers[0].steps, groups=groups, dense_steps=dense_steps)
-    components = {watcher.engine.name: watcher.plan() for watcher in watchers}
-    return AttentionPlan(recorder.grid, recorder.block, density, components, info)
+    seen = [watcher for watcher in watchers if watcher.recorder is not None]
+    components = {watcher.engine.name: watcher.plan() for watcher in seen}
+    if not any(component.layers for component in components.values()):
+        raise ValueError(
+            f"dense_steps={dense_steps}: no attention call was seen past the dense steps; raise "
+            "num_inference_steps or lower dense_steps"
+        )
+    first = seen[0]
+    assert first.recorder is not None
+    info = _provenance(measurement, "offline", time.perf_counter() - started)
+    info.update(prompts=len(runs), steps=first.steps, groups=groups, dense_steps=dense_steps)
+    return AttentionPlan(first.recorder.grid, first.recorder.block, density, components, info)
 
 
 def _calls(
@@ -137,20 +143,11 @@ class _Watcher:
         self.groups = groups
         self.what = "orders"
         self.steps = 0
-        self._recorder: Recorder | None = None
+        self.recorder: Recorder | None = None
         self._first_sparse = 0
         self._of_step: list[int | None] = []
         self._sigma: dict[int, float] = {}
         engine.observer = self.observe
-
-    @property
-    def recorder(self) -> Recorder:
-        if self._recorder is None:
-            raise ValueError(
-                f"{self.engine.name}: no attention call was seen past the dense steps; raise "
-                "num_inference_steps or lower dense_steps"
-            )
-        return self._recorder
 
     def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
         context = self.engine.context
@@ -158,23 +155,24 @@ class _Watcher:
             raise ValueError(
                 "calibrate() needs a pipeline with a scheduler, not a bare transformer"
             )
-        if self._recorder is None or self.steps != context.steps:
+        if self.recorder is None or self.steps != context.steps:
             self.steps = context.steps
             self._first_sparse = self.engine.schedule.dense_step_count(context.steps)
             self._of_step = step_groups(context.steps, self._first_sparse, self.groups)
             count = 1 + max((g for g in self._of_step if g is not None), default=0)
-            self._recorder = Recorder(layout, self.measurement, count)
+            self.recorder = Recorder(layout, self.measurement, count)
         group = self._of_step[context.step]
         if group is None:
             return
         self._sigma[group] = min(self._sigma.get(group, float("inf")), context.sigma or 0.0)
         if self.what == "masks":
-            self._recorder.observe_mass(layer, q, k, layout, group)
+            self.recorder.observe_mass(layer, q, k, layout, group)
         elif (context.step - self._first_sparse) % 4 == 0:  # neighbouring steps look alike
-            self._recorder.observe_orders(layer, q, k, layout)
+            self.recorder.observe_orders(layer, q, k, layout)
 
     def plan(self) -> ComponentPlan:
         recorder = self.recorder
+        assert recorder is not None
         lows = [self._sigma.get(group, 0.0) for group in range(recorder.groups)]
         # A transformer that serves part of the run (Wan 2.2) never saw the other groups.
         for group in range(recorder.groups - 2, -1, -1):

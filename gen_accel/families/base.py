@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -178,13 +177,8 @@ def argument(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: s
     """The forward argument ``name`` of a call, however it was passed; None when it was not."""
     if name in kwargs:
         return kwargs[name]
-    place = _parameters(type(module)).index(name)
+    place = list(inspect.signature(type(module).forward).parameters).index(name) - 1  # self
     return args[place] if place < len(args) else None
-
-
-@lru_cache
-def _parameters(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def latent_grid(latents: Tensor, patch_size: tuple[int, int, int]) -> TokenGrid:
