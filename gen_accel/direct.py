@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from gen_accel.engine import Engine
 from gen_accel.families import processor_for
-from gen_accel.families.base import FamilyProcessor
 from gen_accel.layout import ForwardContext, TokenGrid, Unsupported
 
 if TYPE_CHECKING:
@@ -46,9 +45,7 @@ class DirectCalls:
             precision=policy.precision,
             impl=policy.impl,
         )
-        self._processors: weakref.WeakKeyDictionary[nn.Module, FamilyProcessor] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __call__(
         self,

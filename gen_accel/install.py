@@ -253,7 +253,7 @@ def _model_string(transformer: Any, layers: int) -> str:
     )
 
 
-def _set(module: nn.Module, processor: Any) -> None:
+def _set(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:

@@ -135,7 +135,7 @@ def _add_pipeline_method() -> None:
 
         return apply(self, processor)
 
-    DiffusionPipeline.set_attn_processor = set_attn_processor
+    DiffusionPipeline.set_attn_processor = set_attn_processor  # type: ignore[attr-defined]
 
 
 _add_pipeline_method()
