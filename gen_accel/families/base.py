@@ -188,6 +188,12 @@ def latent_grid(latents: Tensor, patch_size: tuple[int, int, int]) -> TokenGrid:
     return TokenGrid(*(size // patch for size, patch in zip(latents.shape[2:], patch_size)))
 
 
+def video_layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+    """`Family.layout` of the models whose self-attention sees the video alone."""
+    latents = argument(transformer, args, kwargs, "hidden_states")
+    return TokenLayout(latent_grid(latents, transformer.config.patch_size))
+
+
 _FACTS = WeakTensorKeyDictionary()
 
 

@@ -11,12 +11,10 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
-    argument,
     is_a,
-    latent_grid,
     split_heads,
+    video_layout,
 )
-from gen_accel.layout import TokenLayout
 
 
 class CosmosProcessor(FamilyProcessor):
@@ -50,11 +48,6 @@ class CosmosProcessor(FamilyProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
-    latents = argument(transformer, args, kwargs, "hidden_states")
-    return TokenLayout(latent_grid(latents, transformer.config.patch_size))
-
-
 def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | None:
     from diffusers.models.transformers import transformer_cosmos as cosmos
 
@@ -76,7 +69,7 @@ FAMILY = Family(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
     processors={"CosmosAttnProcessor2_0": CosmosProcessor},
-    layout=_layout,
+    layout=video_layout,
     match=_match,
     kept={"CosmosAttnProcessor2_5": "cross-attention"},
 )

@@ -23,6 +23,14 @@ from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 class FluxProcessor(FamilyProcessor):
     """Joint attention of both block kinds (stock: ``FluxAttnProcessor``)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not args and not kwargs:
+            raise TypeError(
+                "diffusers rebuilds every processor when it loads or unloads an IP-Adapter; "
+                "do that before set_attn_processor(...), or remove() the processors first"
+            )
+        super().__init__(*args, **kwargs)
+
     def __call__(  # noqa: D102
         self,
         attn: Any,
@@ -85,7 +93,8 @@ class FluxProcessor(FamilyProcessor):
 
 def _read_grid(img_ids: Tensor) -> TokenGrid | None:
     """The image grid from position ids ``[S, 3]``, or None when they are not one raster."""
-    frame, row, column = img_ids.cpu().unbind(-1)
+    ids = img_ids[0] if img_ids.ndim == 3 else img_ids  # diffusers' deprecated form
+    frame, row, column = ids.cpu().unbind(-1)
     if bool(frame.any()):
         return None
     # Counted, not read off the largest id: ids come in bf16, which is inexact above 256.
@@ -102,7 +111,7 @@ def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     image = argument(transformer, args, kwargs, "hidden_states")
     text = argument(transformer, args, kwargs, "encoder_hidden_states")
     ids = argument(transformer, args, kwargs, "img_ids")
-    grid = read_once(ids[0] if ids.ndim == 3 else ids, _read_grid)
+    grid = read_once(ids, _read_grid)
     if grid is None or grid.numel != image.shape[1]:
         raise Unsupported(
             "img_ids are not one image grid (first column 0): reference images (Kontext) stay dense"

@@ -11,12 +11,10 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
-    argument,
     is_a,
-    latent_grid,
     split_heads,
+    video_layout,
 )
-from gen_accel.layout import TokenLayout
 
 
 class WanProcessor(FamilyProcessor):
@@ -65,11 +63,6 @@ def rotate(x: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
     return turned.flatten(-2)
 
 
-def _layout(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
-    latents = argument(transformer, args, kwargs, "hidden_states")
-    return TokenLayout(latent_grid(latents, transformer.config.patch_size))
-
-
 def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | None:
     if is_a(attn, "WanAnimateFaceBlockCrossAttention"):
         return Match(None, attn._default_processor_cls())
@@ -88,7 +81,7 @@ FAMILY = Family(
         "ChronoEditTransformer3DModel",
     ),
     processors={"WanAttnProcessor": WanProcessor},
-    layout=_layout,
+    layout=video_layout,
     match=_match,
     kept={"WanAnimateFaceBlockAttnProcessor": "cross-attention to the face"},
 )

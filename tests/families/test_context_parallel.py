@@ -50,6 +50,19 @@ def test_each_rank_attends_to_all_tokens_with_its_heads(ranks):
     assert [found["seen"] for found in ranks] == [[[120, 0, 2]], [[120, 2, 4]]]
 
 
+def test_a_plan_gives_each_rank_its_heads(ranks):
+    for found in ranks:
+        assert found["plan"] <= 1e-5 < 1e-3 < found["plan_matters"]
+        assert found["sparse_calls"] == 2
+
+
+def test_a_rank_calibrates_its_own_heads_and_does_not_pass_them_for_all(ranks):
+    for found in ranks:
+        # One threshold over two heads instead of four: near the whole layer's choice, not equal.
+        assert found["own_plan"] < found["plan_matters"]
+        assert found["local_plan"].startswith("this rank calibrated 2 of 4 heads")
+
+
 def test_heads_must_divide(ranks):
     for found in ranks:
         assert found["uneven_heads"].startswith("3 heads on 2 ranks")

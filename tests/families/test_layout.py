@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from gen_accel.families import base, families, family_of
+from gen_accel.families import base, families, family_of, flux, hunyuan_video
 from gen_accel.families.base import argument, prefix_lengths, read_once
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 from helpers import tiny
+from helpers.dense import Dense, installed
 
 
 def layout(model, *args, **kwargs):
@@ -97,6 +98,25 @@ def test_ids_are_read_once():
     before = len(base._FACTS)
     del ids, frozen
     assert len(base._FACTS) < before
+
+
+@pytest.mark.parametrize(
+    ("build", "module", "name"),
+    [(tiny.tiny_flux, flux, "_read_grid"), (tiny.tiny_hunyuan, hunyuan_video, "prefix_lengths")],
+)
+def test_a_run_waits_for_the_device_once(build, module, name, monkeypatch):
+    reads = []
+    read = getattr(module, name)
+
+    def counted(tensor):
+        reads.append(tensor.shape)
+        return read(tensor)
+
+    monkeypatch.setattr(module, name, counted)
+    pipe, call = build()
+    with installed(pipe.transformer, Dense()) as attend:
+        tiny.run(pipe, **{**call, "num_inference_steps": 3})
+    assert len(attend.calls) == 4 * 3 and len(reads) == 1
 
 
 def test_prefix_lengths():

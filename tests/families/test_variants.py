@@ -1,5 +1,7 @@
 """Relatives of the four models, and processors that must be left alone."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -81,3 +83,38 @@ def test_ip_adapter_is_left_alone():
         assert isinstance(model.single_transformer_blocks[0].attn.processor, FamilyProcessor)
         assert difference(model(**inputs).sample, stock) <= TOLERANCE
     assert len(attend.calls) == 1
+
+
+def test_loading_an_ip_adapter_later_says_what_to_do():
+    """diffusers calls ``type(processor)()`` for the single-stream blocks."""
+    model, _, _ = dits.flux()
+    weights = {"ip_adapter": {}, "image_proj": {"proj.weight": torch.zeros(4, 4)}}
+    model.transformer_blocks = torch.nn.ModuleList()
+    with installed(model, Dense()), pytest.raises(TypeError, match=r"IP-Adapter.*remove\(\)"):
+        model._convert_ip_adapter_attn_to_diffusers([weights])
+
+
+@pytest.mark.parametrize("build", [dits.flux, dits.hunyuan])
+def test_heads_follow_the_width_of_the_projections(build):
+    """Under tensor parallelism a rank holds some heads, and ``attn.heads`` still says all."""
+    model, inputs, _ = build()
+    attn = model.single_transformer_blocks[0].attn
+    halves = []
+    for rank in range(2):
+        half = copy.deepcopy(attn)
+        for linear in (half.to_q, half.to_k, half.to_v):
+            linear.weight.data = linear.weight[rank * 16 : rank * 16 + 16]
+            linear.bias.data = linear.bias[rank * 16 : rank * 16 + 16]
+        halves.append(half)
+    video, text = dits.rand(2, 24, 32), dits.rand(2, 8, 32)
+    rope = (dits.rand(24, 16), dits.rand(24, 16))
+    encoder = None if build is dits.flux else text
+    kind = family_of(model).processors[type(attn.processor).__name__]
+    processor = kind(Dense(), 0, attn.processor)
+    call = (video, encoder, None, rope)
+    whole, parts = processor(attn, *call), [processor(half, *call) for half in halves]
+    if encoder is None:
+        assert difference(torch.cat(parts, dim=-1), whole) <= TOLERANCE
+    else:
+        for joined, expected in zip(zip(*parts), whole):
+            assert difference(torch.cat(joined, dim=-1), expected) <= TOLERANCE

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
+from gen_accel import ParoProcessor, apply
 from helpers import dits, tiny
 from helpers.dense import Dense, difference, installed
 
@@ -47,6 +48,35 @@ def parallel_model(heads=HEADS):
     return model
 
 
+def sparse(alone, model, inputs):
+    """The same plan on one rank and on two; and a plan that each rank makes for its own heads."""
+    own = ParoProcessor(density=0.4, min_tokens=0, block=16)
+    later = {**inputs, "timestep": inputs["timestep"] - 1}  # one step calibrates, the next is sparse
+    with apply(alone, own) as handle:
+        outputs(alone, inputs)
+        calibrated, plan = outputs(alone, later), handle.plan
+    given = ParoProcessor(plan=plan, min_tokens=0)
+    with apply(alone, given):
+        expected = outputs(alone, later)
+    with apply(model, given) as handle:
+        out = outputs(model, later)
+        calls = handle.stats()["transformer"].sparse
+    with apply(model, own) as handle:
+        outputs(model, inputs)
+        local = outputs(model, later)
+        try:
+            refused = handle.plan
+        except ValueError as error:
+            refused = str(error)
+    return {
+        "plan": difference(out, expected),
+        "plan_matters": difference(expected, outputs(alone, later)),
+        "sparse_calls": calls,
+        "own_plan": difference(local, calibrated),
+        "local_plan": refused,
+    }
+
+
 def main(rank: int, store: str) -> dict:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -67,6 +97,8 @@ def main(rank: int, store: str) -> dict:
         "heads_matter": difference(outputs(alone, inputs, PerHead()), outputs(alone, inputs)),
         "seen": sorted(weighed.seen),
     }
+
+    found.update(sparse(alone, model, inputs))
 
     with installed(model, Dense()):
         for block in model.blocks:
