@@ -22,6 +22,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} is a folder with files in it; name a new one or empty it")
     # A folder of its own, so that the final name (and its suffix) is what the writer sees.
@@ -40,18 +41,19 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make ``folder`` and prove that a file can be made in it.
+    """Prove that files can be made in ``folder``, or that it could be made; leaves nothing behind.
 
     Raises:
-        ValueError: It cannot be made or written to; the message says why.
+        ValueError: They cannot; the message says why.
     """
-    folder = Path(folder)
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"cannot write to {folder} ({reason}); choose a folder you may write to"
+            f"cannot write to {folder} ({reason}: {existing}); choose a folder you may write to"
         ) from error

@@ -1,0 +1,118 @@
+"""gen-accel doctor: what runs here, and why the rest does not. Paste it into bug reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from typing import Any
+
+PACKAGES = (
+    "gen-accel", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors",
+    "numpy", "opencv-python-headless", "imageio", "imageio-ffmpeg", "peft", "sageattention",
+)  # fmt: skip
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the sub-command."""
+    parser = subparsers.add_parser(
+        "doctor", help="versions, devices, carriers", description=__doc__
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings."""
+    facts = examine()
+    print(json.dumps(facts, indent=2) if args.json else _text(facts))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices and carriers as plain data."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "packages": versions(),
+        "ffmpeg": _ffmpeg(),
+        "devices": _devices(),
+        "carriers": _carriers(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what gen_accel works with; None where a package is missing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if found["gen-accel"] is None:  # a bare clone
+        from gen_accel import __version__
+
+        found["gen-accel"] = f"{__version__} (not installed)"
+    return found
+
+
+def _ffmpeg() -> str:
+    try:
+        import imageio_ffmpeg
+
+        return f"{imageio_ffmpeg.get_ffmpeg_version()} ({imageio_ffmpeg.get_ffmpeg_exe()})"
+    except (ImportError, RuntimeError) as error:
+        return f"missing: {error}"
+
+
+def _devices() -> list[str]:
+    import os
+
+    import torch
+
+    devices = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu_name()}"]
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        memory = facts.total_memory / 2**30
+        capability = f"capability {facts.major}.{facts.minor}"
+        devices.append(f"cuda:{i}: {facts.name}, {memory:.0f} GiB, {capability}")
+    if torch.backends.mps.is_available():
+        devices.append("mps: Metal")
+    return devices
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _carriers() -> dict[str, str]:
+    from gen_accel.kernels.api import available
+
+    return {name: reason or "available" for name, reason in available().items()}
+
+
+def _text(facts: dict[str, Any]) -> str:
+    packages = {name: found or "not installed" for name, found in facts["packages"].items()}
+    groups: dict[str, dict[str, str]] = {
+        "system": {
+            "python": f"{facts['python']} ({facts['executable']})",
+            "platform": facts["platform"],
+            "ffmpeg": facts["ffmpeg"],
+        },
+        "packages": packages,
+        "devices": dict(device.split(": ", 1) for device in facts["devices"]),
+        "carriers": facts["carriers"],
+    }
+    width = max(len(name) for group in groups.values() for name in group)
+    lines = []
+    for title, group in groups.items():
+        lines.append(title)
+        lines += [f"  {name:<{width}}  {value}" for name, value in group.items()]
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""What ``generate`` and ``calibrate`` share: a pipeline from options, and calls of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gen_accel.cli.options import CALL, UsageError, check_names, flag, nearest, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gen_accel.processors import ParoProcessor
+
+PROCESSORS = {"paro": "ParoProcessor"}
+
+
+def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> ParoProcessor | None:
+    """The processor ``--processor NAME`` with its dotted settings; None for ``none``."""
+    if name == "none":
+        if settings or plan is not None:
+            given = ", ".join(f"processor.{key}" for key in settings) or "--plan"
+            raise UsageError(f"--processor none takes no settings, but got {given}; drop one")
+        return None
+    if name not in PROCESSORS:
+        raise UsageError(f"unknown processor {name!r}; {nearest(name, ['none', *PROCESSORS])}")
+    import gen_accel
+
+    kind = getattr(gen_accel, PROCESSORS[name])
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    check_names(f"setting of --processor {name}:", settings, fields)
+    for key, value in settings.items():
+        _check_type(f"processor.{key}", value, fields[key].default)
+    if "impl" in settings:
+        _check_carrier(settings["impl"])
+    if plan is not None:
+        settings = {**settings, "plan": plan}
+    processor = kind(**settings)
+    processor.load_plan()  # a missing or damaged file is told before the model is loaded
+    return processor
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Values come from YAML, where ``0.2x`` is a string; the default tells what is meant."""
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+    kind = type(default)
+    fits: Any = {float: (int, float), int: (int, type(None))}.get(kind, kind)
+    wrong = isinstance(value, bool) != (kind is bool) or not isinstance(value, fits)
+    if kind in expected and wrong:
+        raise UsageError(f"{name}={value!r}: expected {expected[kind]}")
+
+
+def _check_carrier(impl: str) -> None:
+    """Without this a carrier that cannot run is noticed after the dense steps."""
+    from gen_accel.kernels.api import available
+
+    carriers = available()
+    if impl != "auto":
+        check_names("carrier processor.impl =", [impl], ["auto", *carriers])
+        if carriers[impl] is not None:
+            raise UsageError(f"processor.impl={impl}: {carriers[impl]}; or use impl=auto")
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device asked for, or the best there is."""
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if best == "cpu" and torch.backends.mps.is_available():
+        best = "mps"
+    name = getattr(args, "device", None) or best
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps") from error
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": best == "mps"}
+    if not usable.get(kind, False):
+        raise UsageError(f"--device {name}: this machine has no {kind}; use --device {best}")
+    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    if getattr(args, "cpu_offload", False) and kind == "cpu":
+        raise UsageError("--cpu-offload moves models between CPU and GPU; drop it on a CPU")
+    return name
+
+
+def load_pipeline(args: argparse.Namespace, device: str) -> Any:
+    """The pipeline of ``--model`` on its device, its call options checked."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    model = require(args, "model")
+    if not Path(model).exists() and (model.count("/") != 1 or model[0] in "./~"):
+        raise UsageError(f"--model {model}: no such folder, and not a Hub id like owner/name")
+    name = getattr(args, "dtype", None) or ("float32" if device == "cpu" else "bfloat16")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, name))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {model}: cannot be loaded ({_first(error)})") from error
+    if getattr(args, "cpu_offload", False):
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def call_arguments(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """Arguments of the pipeline's call, without the prompt."""
+    known = list(inspect.signature(pipe.__call__).parameters)
+    call = {name: getattr(args, name) for name in CALL if getattr(args, name, None) is not None}
+    for name in call:
+        if name not in known:
+            kind = type(pipe).__name__
+            raise UsageError(f"{flag(name)}: {kind} does not take it; drop it")
+    extra = args.sections["pipeline"]
+    check_names("pipeline argument", extra, known)
+    return {**call, **extra}
+
+
+def generate(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Tensor, float]:
+    """One call of the pipeline: ``[frames, channels, height, width]`` in [0, 1], and seconds."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    result = pipe(prompt=prompt, generator=generator, output_type="pt", **call)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    pixels = result.frames[0] if hasattr(result, "frames") else result.images
+    return pixels.float().clamp(0, 1).cpu(), seconds
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

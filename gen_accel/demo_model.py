@@ -1,0 +1,190 @@
+"""A Wan pipeline that is built rather than trained: its attention heads are known by construction.
+
+Random weights have no attention patterns, so there would be nothing for a sparse method to find or
+to lose. Here every self-attention head averages the latents over a neighbourhood that is narrow
+along two of the axes time, height, width and wide along the third, and the velocity lets structures
+of that size grow out of the noise. The classes are diffusers' own, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEADS, HEAD_DIM, LAYERS = 4, 64, 2
+CHANNELS, PATCH = 16, 2
+VALUES = CHANNELS * PATCH**2  # numbers in one token's patch; a head holds exactly those
+TEXT = 32
+SPATIAL, TEMPORAL = 4, 2  # pixels and frames per latent
+
+AXES = ("time", "height", "width")
+NARROW_IN = (("time", "height"), ("time", "width"), ("height", "width"), ("height", "width"))
+# Rotary pairs per axis in a head of 64, and the ones that make a narrow or a wide kernel. A pair
+# turns by 10000 ** (-index / pairs) per token.
+PAIRS = (12, 10, 10)
+NARROW = ((0, 1), (1, 2), (1, 2))
+WIDE = ((2,), (3,), (3,))
+NARROW_SCORE, WIDE_SCORE = 6.0, 3.0  # what an axis adds to a score at distance 0
+
+# velocity = DECAY * latents - ONCE * (averaged once) - TWICE * (averaged twice), normalised. What
+# has the size of the neighbourhoods grows, what is larger or smaller fades.
+DECAY, ONCE, TWICE = 2.0, 16.0, -8.0
+
+
+def demo_pipeline(seed: int = 0) -> Any:
+    """A text-to-video `diffusers.WanPipeline` in fp32: 2 layers of 4 heads of 64, VAE 2x4x4."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer()
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_text_encoder(len(tokenizer)),
+        vae=_vae(),
+        transformer=_transformer(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=3.0,
+        ),
+    )
+
+
+def _tokenizer() -> Any:
+    """One token per character."""
+    from transformers import T5TokenizerFast
+
+    characters = string.ascii_letters + string.digits + string.punctuation
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    vocab += [(character, -2.0) for character in characters]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def _text_encoder(vocabulary: int) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    sizes = {"d_model": TEXT, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **sizes)).eval()
+
+
+@torch.no_grad()
+def _transformer() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, PATCH, PATCH),
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT,
+        ffn_dim=HEADS * HEAD_DIM,
+        num_layers=LAYERS,
+        rope_max_seq_len=64,
+    ).eval()
+    # The hidden state in quarters: the patch, its average after one layer, after two, and the text.
+    patch, once, twice, text = (slice(i * VALUES, (i + 1) * VALUES) for i in range(4))
+    embedder = model.condition_embedder
+    _silence(model.patch_embedding, embedder.time_proj, embedder.time_embedder.linear_2)
+    model.patch_embedding.weight[patch] = torch.eye(VALUES).view(VALUES, CHANNELS, 1, PATCH, PATCH)
+    for block, read, write in zip(model.blocks, (patch, once), (once, twice), strict=True):
+        block.scale_shift_table.zero_()
+        block.scale_shift_table[:, 2] = 1  # the gate of self-attention
+        _plant_heads(block.attn1, read, write)
+        said = 0.2 * block.attn2.to_out[0].weight[text]
+        _silence(block.attn2.to_out[0], block.ffn.net[2])
+        block.attn2.to_out[0].weight[text] = said
+    model.scale_shift_table.zero_()
+    _silence(model.proj_out)
+    # The patch counts (channel, row, column), the output (row, column, channel).
+    pixel = torch.eye(VALUES).view(CHANNELS, PATCH**2, VALUES).transpose(0, 1).reshape(-1, VALUES)
+    for part, factor in ((patch, DECAY), (once, -ONCE), (twice, -TWICE)):
+        model.proj_out.weight[:, part] = factor * pixel
+    hue = 0.03 * torch.randn(CHANNELS, VALUES)
+    model.proj_out.weight[:, text] = hue.repeat(PATCH**2, 1)
+    return model
+
+
+def _plant_heads(attn: nn.Module, read: slice, write: slice) -> None:
+    """Heads that average the values of ``read`` over their neighbourhood, into ``write``."""
+    vectors = torch.stack([_kernel(narrow) for narrow in NARROW_IN])
+    scale = vectors.square().mean().sqrt()
+    for linear, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k)):
+        linear.bias.copy_((vectors / scale).flatten())
+        linear.weight.normal_(std=0.01)  # a little content beside the position
+        norm.weight.fill_(float(scale))  # the norm has divided by the mean over all heads
+    _silence(attn.to_v, attn.to_out[0])
+    mean = torch.eye(CHANNELS).repeat_interleave(PATCH**2, 0).repeat_interleave(PATCH**2, 1)
+    share = torch.full((CHANNELS, HEADS), 0.1)  # each channel listens to one head most
+    share[torch.arange(CHANNELS), torch.arange(CHANNELS) % HEADS] = 0.7
+    for head in range(HEADS):
+        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        attn.to_v.weight[rows, read] = mean / PATCH**2
+        attn.to_out[0].weight[write, rows] = share[:, head].repeat_interleave(PATCH**2).diag()
+
+
+def _kernel(narrow: tuple[str, ...]) -> Tensor:
+    """Constant query and key of a head: rotated, their product depends on the distance alone."""
+    vector, start = torch.zeros(HEAD_DIM), 0
+    for axis, name in enumerate(AXES):
+        indices, score = NARROW[axis], NARROW_SCORE
+        if name not in narrow:
+            indices, score = WIDE[axis], WIDE_SCORE
+        for index in indices:
+            vector[start + 2 * index] = (score * HEAD_DIM**0.5 / len(indices)) ** 0.5
+        start += 2 * PAIRS[axis]
+    return vector
+
+
+@torch.no_grad()
+def _vae() -> nn.Module:
+    """A decoder that mixes channels into colours and interpolates; the encoder stays random."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=0,
+        temperal_downsample=[True, False],
+        scale_factor_temporal=TEMPORAL,
+        scale_factor_spatial=SPATIAL,
+    ).eval()
+    tent = torch.tensor([1.0, 2.0, 1.0]) / 4
+    for module in vae.decoder.modules():
+        if hasattr(module, "conv2"):  # residual blocks become their shortcuts
+            _silence(module.conv2)
+            if isinstance(module.conv_shortcut, nn.Conv3d):
+                _mix(module.conv_shortcut)
+        elif hasattr(module, "proj"):  # and so does the attention block
+            _silence(module.proj)
+        elif hasattr(module, "resample"):
+            if hasattr(module, "time_conv"):  # two frames: half way to this one, and this one
+                _silence(module.time_conv)
+                eye = torch.eye(module.dim)
+                module.time_conv.weight[: module.dim, :, 1:, 0, 0] = eye[..., None] / 2
+                module.time_conv.weight[module.dim :, :, 2, 0, 0] = eye
+            _mix(module.resample[1], tent[:, None] * tent)
+    _mix(vae.decoder.conv_in)
+    _mix(vae.decoder.conv_out)
+    return vae
+
+
+def _mix(conv: nn.Conv2d | nn.Conv3d, kernel: Tensor | None = None) -> None:
+    """An orthogonal mixture of channels, at the present pixel or over a spatial kernel."""
+    mixture = nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels))
+    _silence(conv)
+    if kernel is not None:
+        conv.weight.copy_(mixture[:, :, None, None] * kernel)
+    else:  # causal in time: the last tap is now
+        conv.weight[:, :, -1, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2] = mixture
+
+
+def _silence(*modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            parameter.zero_()
