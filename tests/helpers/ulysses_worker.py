@@ -51,7 +51,8 @@ def parallel_model(heads=HEADS):
 def sparse(alone, model, inputs):
     """The same plan on one rank and on two; and a plan that each rank makes for its own heads."""
     own = ParoProcessor(density=0.4, min_tokens=0, block=16)
-    later = {**inputs, "timestep": inputs["timestep"] - 1}  # one step calibrates, the next is sparse
+    # One step calibrates, the next is sparse.
+    later = {**inputs, "timestep": inputs["timestep"] - 1}
     with apply(alone, own) as handle:
         outputs(alone, inputs)
         calibrated, plan = outputs(alone, later), handle.plan
