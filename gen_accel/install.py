@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
-from gen_accel.plan import AttentionPlan
+from gen_accel.plan import AttentionPlan, PlanError
 from gen_accel.processors import ParoProcessor
 
 log = logging.getLogger("gen_accel")
@@ -82,6 +83,9 @@ class Handle:
         """The plan in use: the one that was given, or the one made while calibrating.
 
         None until calibration is complete. Save it with ``handle.plan.save(path)``.
+
+        Raises:
+            PlanError: Under context parallelism this process calibrated only its own heads.
         """
         engines = [component.engine for component in self.components]
         if engines[0].given is not None:
@@ -90,6 +94,14 @@ class Handle:
         if any(plan is None for plan in made):
             return None
         parts = {engine.name: plan for engine, plan in zip(engines, made) if plan is not None}
+        for component in self.components:
+            heads = component.transformer.config.num_attention_heads
+            for layer in parts[component.name].layers.values():
+                if len(layer.orders.heads) != heads:
+                    raise PlanError(
+                        f"this rank calibrated {len(layer.orders.heads)} of {heads} heads: make "
+                        "the plan in one process and give it to all ranks as plan=..."
+                    )
         recorder = engines[0].recorder
         assert recorder is not None
         return AttentionPlan(
@@ -122,6 +134,13 @@ class Handle:
                 lines.append(
                     f"  sparse: {stats.sparse} calls, density {stats.mean_density:.3f}, "
                     f"carrier {stats.carrier}"
+                )
+        with contextlib.suppress(PlanError):
+            if self.plan is not None:
+                lines.append(
+                    f"{self.plan!r} keeps {self.plan.mass_kept():.1%} of the softmax mass, "
+                    f"calibrated {self.plan.info.get('calibrated', '?')} in "
+                    f"{self.plan.info.get('seconds', 0):.1f} s"
                 )
         return "\n".join(lines)
 

@@ -171,6 +171,7 @@ def test_summary_tells_what_was_left_and_why():
     assert "4 attention modules accelerated" in text
     assert "left alone: 1 x token refiner" in text
     assert "sparse: 16 calls, density 0." in text
+    assert "of the softmax mass, calibrated during a run in" in text
 
 
 def test_short_sequences_stay_dense_and_say_so_once(caplog):

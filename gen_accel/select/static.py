@@ -56,22 +56,25 @@ def score_by_mass(stats: OrderStatistics, density: float) -> Tensor:
     return mass.topk(count, dim=-1).values.sum(-1) / total
 
 
-def score_by_paper(stats: OrderStatistics, *, sigma: float = 0.9, alpha: float = 0.5) -> Tensor:
+def score_by_paper(
+    stats: OrderStatistics, *, sigma: float = 0.9, alpha: float = 0.5, as_printed: bool = False
+) -> Tensor:
     """PAROAttention's criterion (equations 1-3), with two corrections of ours.
 
     A block counts as sparse when at least ``sigma`` of its entries are below eps; its incoherence
     is max / mean. Both are divided by their sum over the orders and mixed by ``alpha``, which the
     paper does not report. As printed, the order with *fewer* sparse blocks would win; we take
-    ``1 - sparse``. The paper's eps of 1e-3 is scaled with 1/N (`paper_eps`), or it would saturate
-    on long sequences.
+    ``1 - sparse`` unless ``as_printed``. The paper's eps of 1e-3 is scaled with 1/N (`paper_eps`),
+    or it would saturate on long sequences.
 
     Returns:
         ``[heads, orders]``, higher is better.
     """
-    dense_share = 1 - (stats.below >= sigma).float().mean((-2, -1))
+    sparse = (stats.below >= sigma).float().mean((-2, -1))
     mean = (stats.mass / stats.block).clamp_min(1e-30)
     incoherence = (stats.peak / mean).mean((-2, -1))
-    cost = alpha * _normalised(dense_share) + (1 - alpha) * _normalised(incoherence)
+    share = sparse if as_printed else 1 - sparse
+    cost = alpha * _normalised(share) + (1 - alpha) * _normalised(incoherence)
     return -cost
 
 
