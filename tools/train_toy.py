@@ -143,7 +143,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast; slower on most CPUs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--sample-every", type=int, default=1000)
+    parser.add_argument("--sample-every", type=int, default=1000, help="0: never")
     parser.add_argument("--init", type=Path, help="start from this saved pipeline")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/<model>)")
     return parser.parse_args(argv)
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             losses, began = [], time.perf_counter()
         if step % args.save_every == 0 or step == args.steps:
             save()
-        if step % args.sample_every == 0 or step == args.steps:
+        if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
             show()
     bar.close()
     log.close()
