@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gen_accel.engine import Engine
+from gen_accel.engine import CALIBRATING, Engine
 from gen_accel.install import _provenance, apply
 from gen_accel.layout import TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan
@@ -110,10 +110,8 @@ def calibrate(
     seen = [watcher for watcher in watchers if watcher.recorder is not None]
     components = {watcher.engine.name: watcher.plan() for watcher in seen}
     if not any(component.layers for component in components.values()):
-        raise ValueError(
-            f"dense_steps={dense_steps}: no attention call was seen past the dense steps; raise "
-            "num_inference_steps or lower dense_steps"
-        )
+        reasons = {r for watcher in watchers for r in watcher.engine.stats.dense} - {CALIBRATING}
+        raise ValueError(f"nothing to calibrate: every attention call was {'; '.join(reasons)}")
     first = seen[0]
     assert first.recorder is not None
     info = _provenance(measurement, "offline", time.perf_counter() - started)

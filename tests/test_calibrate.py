@@ -93,7 +93,11 @@ def test_raster_is_an_ablation():
         (["a"], dict(density=0.0), "density=0.0"),
         (["a"], dict(groups=0), "groups=0"),
         (["a"], dict(groups="some"), "groups='some'"),
-        (["a"], dict(dense_steps=1.0), "no attention call was seen past the dense steps"),
+        (
+            ["a"],
+            dict(dense_steps=1.0),
+            "nothing to calibrate: every attention call was first 100% of the steps",
+        ),
     ],
 )
 def test_bad_input(prompts, changes, message):

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from gen_accel import AttentionPlan, ParoProcessor, apply
+from gen_accel import AttentionPlan, ParoProcessor, apply, calibrate
 from gen_accel.plan import PlanError
 from helpers import tiny
 
@@ -196,13 +196,16 @@ def test_prompts_of_different_length_in_one_batch():
         assert tiny.run(pipe, **{**call, "prompt": prompts}).isfinite().all()
 
 
-def test_left_padded_text_stays_dense_with_the_reason(caplog):
+def test_left_padded_text_stays_dense_with_the_reason(monkeypatch):
     pipe, call = setup(tiny.tiny_hunyuan)
-    pipe.tokenizer.padding_side = "left"
+    monkeypatch.setattr(pipe.tokenizer, "padding_side", "left")
     dense = tiny.run(pipe, **call)
     with apply(pipe, paro()) as handle:
         torch.testing.assert_close(tiny.run(pipe, **call), dense, atol=2e-5, rtol=1e-4)
         assert "not a prefix" in next(iter(handle.stats()["transformer"].dense))
+    with pytest.raises(ValueError, match="nothing to calibrate: .* not a prefix"):
+        call.pop("output_type")
+        calibrate(pipe, progress=False, prompts=[call.pop("prompt")], **call)
 
 
 def test_a_bare_transformer_knows_no_steps_but_runs():
