@@ -111,7 +111,9 @@ def calibrate(
     components = {watcher.engine.name: watcher.plan() for watcher in seen}
     if not any(component.layers for component in components.values()):
         reasons = {r for watcher in watchers for r in watcher.engine.stats.dense} - {CALIBRATING}
-        raise ValueError(f"nothing to calibrate: every attention call was {'; '.join(reasons)}")
+        raise ValueError(
+            f"nothing to calibrate: every attention call stays dense ({'; '.join(reasons)})"
+        )
     first = seen[0]
     assert first.recorder is not None
     info = _provenance(measurement, "offline", time.perf_counter() - started)

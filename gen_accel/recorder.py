@@ -16,6 +16,7 @@ from gen_accel.plan import BLOCK_SIZES, LayerPlan, default_block_size
 from gen_accel.select.static import keep_blocks, paper_eps, score_by_mass, score_by_paper
 
 CRITERIA = ("mass", "paper")
+_ORDER_ROWS = 1024  # enough to tell orders apart: see docs/methods.md
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,18 @@ class Recorder:
         permutations = torch.stack([axis_permutation(self.grid, o) for o in self.candidates])
         # Random rows: evenly spaced ones would alias with the width of the grid.
         generator = torch.Generator().manual_seed(layer)
-        rows = torch.randperm(video, generator=generator)[: max(512, 8 * self.blocks)].sort().values
+        rows = torch.randperm(video, generator=generator)[:_ORDER_ROWS].sort().values
+        by_mass = self.measurement.criterion == "mass"
         stats = order_statistics(
             q,
             k,
             permutations.to(q.device),
             block=self.block,
             rows=rows.to(q.device),
-            eps=paper_eps(video),
+            eps=None if by_mass else paper_eps(video),
         )
-        if self.measurement.criterion == "mass":
-            score = score_by_mass(stats, self.measurement.density)
-        else:
-            score = score_by_paper(stats)
+        density = self.measurement.density
+        score = score_by_mass(stats, density) if by_mass else score_by_paper(stats)
         self._require_finite(layer, score)
         self._scores[layer] = self._scores.get(layer, 0) + score.cpu()
         self.seconds += time.perf_counter() - started

@@ -96,7 +96,7 @@ def test_raster_is_an_ablation():
         (
             ["a"],
             dict(dense_steps=1.0),
-            "nothing to calibrate: every attention call was first 100% of the steps",
+            "nothing to calibrate: every attention call stays dense .first 100% of the steps",
         ),
     ],
 )

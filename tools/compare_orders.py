@@ -83,7 +83,7 @@ class Capture:
             _video_first(k, layout),
             torch.stack([axis_permutation(layout.grid, o) for o in self.candidates]),
             block=self.block,
-            rows=torch.randperm(video)[: max(512, 8 * recorder.blocks)],
+            rows=torch.randperm(video)[:1024],
             eps=paper_eps(video),
         )
         for name, criterion in CRITERIA.items():

@@ -70,6 +70,10 @@ def score_by_paper(
     Returns:
         ``[heads, orders]``, higher is better.
     """
+    if stats.below is None or stats.peak is None:
+        raise ValueError(
+            "eps=None: the paper's score needs order_statistics(..., eps=paper_eps(N))"
+        )
     sparse = (stats.below >= sigma).float().mean((-2, -1))
     mean = (stats.mass / stats.block).clamp_min(1e-30)
     incoherence = (stats.peak / mean).mean((-2, -1))
