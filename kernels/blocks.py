@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# A compiled graph can carry numbers and tensors, not functions: it carries the rule's number. An
+# entry lives as long as its rule, so a number that is found here is never stale.
+RULES: weakref.WeakValueDictionary[int, MaskMod] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +35,10 @@ class Blocks:
         block_kv: Keys per block; ``nKV = ceil(kv_len / block_kv)``.
         kv_num_blocks: As above for the partial blocks, or None when there are none.
         kv_indices: As above for the partial blocks, or None.
-        mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, the element rule of the partial blocks.
+        mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, the element rule of the partial blocks. Made of
+            elementwise tensor operations and table look-ups, so that it works on scalars (as
+            FlexAttention calls it) and on index tensors that broadcast against each other.
+        rule: Number under which `RULES` finds ``mask_mod``; 0 without one.
     """
 
     full_kv_num_blocks: Tensor
@@ -42,8 +50,12 @@ class Blocks:
     kv_num_blocks: Tensor | None = None
     kv_indices: Tensor | None = None
     mask_mod: MaskMod | None = None
+    rule: int = field(init=False, default=0, repr=False)
 
     def __post_init__(self) -> None:
+        if self.mask_mod is not None:
+            RULES[id(self.mask_mod)] = self.mask_mod
+            object.__setattr__(self, "rule", id(self.mask_mod))
         if (self.kv_num_blocks is None) != (self.kv_indices is None):
             raise ValueError("kv_num_blocks and kv_indices belong together: give both or neither")
         if self.kv_num_blocks is not None and self.mask_mod is None:

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from gen_accel.kernels.blocks import Blocks
+from helpers.attention_cases import CASES, causal, every, random
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_mask_round_trip(case):
+    rows, columns = -(-case.q_len // case.block[0]), -(-case.kv_len // case.block[1])
+    full = case.pattern(rows, columns)
+    partial = torch.zeros_like(full) if case.partial is None else case.partial(rows, columns)
+    blocks = case.blocks()
+    assert (blocks.num_q_blocks, blocks.num_kv_blocks) == (rows, columns)
+    assert torch.equal(blocks.mask("full"), (full & ~partial).expand_as(blocks.mask("full")))
+    assert torch.equal(blocks.mask("partial"), partial.expand_as(blocks.mask("partial")))
+    assert torch.equal(blocks.mask(), (full | partial).expand_as(blocks.mask()))
+    assert blocks.density() == pytest.approx(float((full | partial).double().mean()))
+
+
+def test_lists_are_those_of_flex_attention():
+    mask = random(2, 3, 0.4)(8, 8)
+    blocks = Blocks.from_mask(mask, q_len=500, kv_len=512, block_size=64)
+    assert blocks.full_kv_num_blocks.dtype == blocks.full_kv_indices.dtype == torch.int32
+    for b, h, row in ((0, 0, 0), (1, 2, 7), (1, 0, 3)):
+        count = blocks.full_kv_num_blocks[b, h, row]
+        kept = mask[b, h, row].nonzero().flatten()
+        assert blocks.full_kv_indices[b, h, row, :count].tolist() == kept.tolist()
+    assert blocks.full_kv_indices.min() >= 0 and blocks.full_kv_indices.max() < 8
+
+
+def test_bad_input():
+    size = {"q_len": 512, "kv_len": 512, "block_size": 64}
+    with pytest.raises(
+        ValueError, match=r"block mask \(1, 1, 4, 8\): .* need \[B\|1, H\|1, 8, 8\]"
+    ):
+        Blocks.from_mask(every(4, 8), **size)
+    with pytest.raises(ValueError, match="full and as partial"):
+        Blocks.from_mask(every(8, 8), partial=every(8, 8), mask_mod=causal, **size)
+    with pytest.raises(ValueError, match="partial blocks need a mask_mod"):
+        Blocks.from_mask(~every(8, 8), partial=every(8, 8), **size)
+    good = Blocks.from_mask(every(8, 8), **size)
+    with pytest.raises(ValueError, match="8 query blocks listed, but q_len=600"):
+        Blocks(good.full_kv_num_blocks, good.full_kv_indices, 600, 512, 64, 64)
+    with pytest.raises(ValueError, match="belong together"):
+        Blocks(good.full_kv_num_blocks, good.full_kv_indices, 512, 512, 64, 64,
+               kv_num_blocks=good.full_kv_num_blocks)  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected \[B\|1, H\|1, nQ\]"):
+        Blocks(good.full_kv_num_blocks[0], good.full_kv_indices, 512, 512, 64, 64)
