@@ -1,0 +1,267 @@
+"""The one attention call of the package: checks its arguments and hands them to a carrier."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.blocks import RULES, Blocks
+from gen_accel.kernels.carrier import Call
+
+logger = logging.getLogger(__name__)
+
+# name -> module; see carrier.Carrier for what such a module has.
+_CARRIERS = {
+    "gather": "gen_accel.kernels.gather",
+    "reference": "gen_accel.kernels.reference",
+}
+_AUTO = ("gather",)  # what impl="auto" tries, best first
+
+_PRECISIONS = {
+    "auto": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_TAILS = ("drop",)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *, return_lse: Literal[True],
+    scale: float | None = ..., precision: str = ..., tail: str | None = ..., impl: str = ...,
+    check_finite: bool = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *,
+    return_lse: Literal[False] = ..., scale: float | None = ..., precision: str = ...,
+    tail: str | None = ..., impl: str = ..., check_finite: bool = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks | None = None,
+    *,
+    scale: float | None = None,
+    precision: str = "auto",
+    tail: str | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+    check_finite: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which each query block sees only its listed key blocks.
+
+    Under ``torch.compile(fullgraph=True)`` the carrier is one opaque operation of the graph.
+    Gradients exist for dense calls and for ``impl="reference"``.
+
+    Args:
+        q: ``[batch, q_tokens, heads, head_dim]``.
+        k: ``[batch, kv_tokens, heads, head_dim]``, same dtype and device.
+        v: Same shape as k.
+        blocks: Visible blocks, or None for dense attention.
+        scale: Factor of the scores; None means ``head_dim ** -0.5``.
+        precision: ``"auto"`` (at least as exact as the inputs' dtype), or the dtype to compute in:
+            ``"fp32"``, ``"bf16"``, ``"fp16"``. The result has the inputs' dtype in any case.
+        tail: What stands in for the blocks that are not visible: None or ``"drop"``, nothing.
+        impl: ``"auto"``, or a carrier of `available`. A named carrier never falls back.
+        return_lse: Also return the log-sum-exp.
+        check_finite: Raise when q, k or v hold a NaN or an infinity (one pass over them).
+
+    Returns:
+        out ``[batch, q_tokens, heads, head_dim]``; with ``return_lse`` also the natural log-sum-exp
+        of the scaled scores, fp32 ``[batch, heads, q_tokens]``. A query without a visible key has
+        out = 0 and lse = -inf.
+
+    Raises:
+        ValueError: An argument is out of range, or the named carrier cannot run this call.
+        TypeError: An argument is of the wrong type.
+    """
+    _check_tensors(q, k, v)
+    if blocks is not None:
+        _check_blocks(blocks, q, k)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: it must be finite; None means head_dim ** -0.5")
+    _check_name("precision", precision, _PRECISIONS)
+    _check_name("impl", impl, ("auto", *_CARRIERS))
+    if tail is not None:
+        _check_name("tail", tail, _TAILS)
+
+    options = (scale, precision, impl, return_lse, check_finite)
+    if torch.compiler.is_compiling():
+        out, lse = _opaque(q, k, v, *_flatten(blocks), *options)
+    else:
+        out, lse = _run(q, k, v, blocks, *options)
+    return (out, lse) if return_lse else out
+
+
+def available() -> dict[str, str | None]:
+    """Carrier name -> None, or why it cannot run on this machine and what would help."""
+    return {name: _carrier(name).missing() for name in _CARRIERS}
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks | None,
+    scale: float,
+    precision: str,
+    impl: str,
+    return_lse: bool,
+    check_finite: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if check_finite:
+        _check_finite(q=q, k=k, v=v)
+    call = Call(q, k, v, blocks, scale, _PRECISIONS[precision], return_lse)
+    for name in _AUTO if impl == "auto" else (impl,):
+        carrier = _carrier(name)
+        limit = carrier.missing() or carrier.limits(call)
+        if limit is None:
+            if impl == "auto":
+                _announce(name, q.device.type)
+            return carrier.run(call)
+    raise ValueError(f"impl={impl!r}: {limit}")
+
+
+def _carrier(name: str) -> Any:
+    return importlib.import_module(_CARRIERS[name])
+
+
+@functools.cache
+def _announce(name: str, device: str) -> None:
+    logger.info("block_sparse_attention runs on carrier %r on %s", name, device)
+
+
+# ---- torch.compile: graphs carry tensors and numbers, so a Blocks travels in pieces --------------
+
+
+def _flatten(blocks: Blocks | None) -> tuple[list[Tensor], list[int]]:
+    if blocks is None:
+        return [], []
+    lists = [blocks.full_kv_num_blocks, blocks.full_kv_indices]
+    if blocks.kv_num_blocks is not None and blocks.kv_indices is not None:
+        lists += [blocks.kv_num_blocks, blocks.kv_indices]
+    return lists, [blocks.q_len, blocks.kv_len, blocks.block_q, blocks.block_kv, blocks.rule]
+
+
+def _unflatten(lists: list[Tensor], sizes: list[int]) -> Blocks | None:
+    if not lists:
+        return None
+    full, partial, rule = lists[:2], lists[2:], sizes[4]
+    return Blocks(*full, *sizes[:4], *(partial or (None, None)), RULES[rule] if rule else None)
+
+
+@torch.library.custom_op("gen_accel::block_sparse_attention", mutates_args=())
+def _opaque(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: list[Tensor],
+    sizes: list[int],
+    scale: float,
+    precision: str,
+    impl: str,
+    return_lse: bool,
+    check_finite: bool,
+) -> tuple[Tensor, Tensor]:
+    blocks = _unflatten(lists, sizes)
+    out, lse = _run(q, k, v, blocks, scale, precision, impl, return_lse, check_finite)
+    empty = q.new_empty(0, dtype=torch.float32)
+    return out.contiguous(), empty if lse is None else lse
+
+
+@_opaque.register_fake
+def _(q, k, v, lists, sizes, scale, precision, impl, return_lse, check_finite):
+    batch, tokens, heads, _ = q.shape
+    lse_shape = (batch, heads, tokens) if return_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+# ---- argument checks -----------------------------------------------------------------------------
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}: it must be a torch.Tensor")
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: it must be [batch, tokens, heads, head_dim]; "
+                "unflatten the heads first"
+            )
+        if min(x.shape) < 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: no axis may be empty")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {x.dtype}: it must be fp64, fp32, bf16 or fp16; cast it")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}: cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move them to one device")
+    if k.shape != v.shape:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
+    for axis, name in ((0, "batch"), (2, "heads"), (3, "head_dim")):
+        if q.shape[axis] != k.shape[axis]:
+            raise ValueError(
+                f"{name} of q is {q.shape[axis]}, of k {k.shape[axis]}: they must be equal; "
+                "tensors are [batch, tokens, heads, head_dim], repeat k and v for grouped heads"
+            )
+
+
+def _check_blocks(blocks: Blocks, q: Tensor, k: Tensor) -> None:
+    if not isinstance(blocks, Blocks):
+        raise TypeError(
+            f"blocks is a {type(blocks).__name__}: it must be a Blocks; see Blocks.from_mask"
+        )
+    for name, length, x in (("q_len", blocks.q_len, q), ("kv_len", blocks.kv_len, k)):
+        if length != x.shape[1]:
+            raise ValueError(
+                f"{name}={length} in blocks, but the tensor has {x.shape[1]} tokens: "
+                "plan the blocks for this length"
+            )
+    for lists in (blocks.full_kv_indices, blocks.kv_indices):
+        if lists is None:
+            continue
+        if lists.shape[0] not in (1, q.shape[0]) or lists.shape[1] not in (1, q.shape[2]):
+            raise ValueError(
+                f"block lists for {lists.shape[0]} samples and {lists.shape[1]} heads, q has "
+                f"{q.shape[0]} and {q.shape[2]}: each must be equal or 1"
+            )
+        if lists.device != q.device:
+            raise ValueError(
+                f"blocks are on {lists.device}, q on {q.device}: use blocks.to(q.device)"
+            )
+
+
+def _check_name(option: str, value: Any, allowed: Iterable[str]) -> None:
+    names = tuple(allowed)
+    if value in names:
+        return
+    nearest = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{option}={value!r}: it must be one of {', '.join(map(repr, names))}{hint}")
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        bad = x.numel() - int(torch.isfinite(x).sum())
+        if bad:
+            raise ValueError(
+                f"{name} holds {bad} NaN or infinite values of {x.numel()}: attention would spread "
+                "them to every token; look for an overflow before this call"
+            )
