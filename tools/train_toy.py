@@ -142,6 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="autocast; slower on most CPUs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="1.5 times as fast on a CPU")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--sample-every", type=int, default=1000, help="0: never")
     parser.add_argument("--init", type=Path, help="start from this saved pipeline")
@@ -159,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe.to(args.device)
     model = pipe.transformer.float().train().requires_grad_(True)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if args.compile:
+        model.compile(dynamic=False)
     optimiser = Optimiser(model, args.lr)
     step, seen = 0, 0
     state_file = out / "state.pt"
@@ -177,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     def show() -> None:
         live = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(ema)
-        sample_grid(pipe, args.model, out / f"samples-{step:06d}.png")
+        with torch.compiler.set_stance("force_eager"):
+            sample_grid(pipe, args.model, out / f"samples-{step:06d}.png")
         model.load_state_dict(live)
 
     losses: list[float] = []
@@ -195,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         sigma = noise_levels(size, generator)
         latents, noise, sigma = (t.to(args.device) for t in (latents, noise, sigma))
         with torch.no_grad():
-            text = trim(encode_text(pipe, texts))
+            text = encode_text(pipe, texts)
+            text = text if args.compile else trim(text)  # a compiled model wants one length
         level = sigma.view(-1, *[1] * (latents.ndim - 1))
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
             guess = velocity(pipe, latents + level * (noise - latents), sigma, text)

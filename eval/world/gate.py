@@ -192,7 +192,7 @@ def _recorded(pipe: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Collects (query, key) of every attention call of the transformer, after norm and RoPE."""
     import importlib
 
-    module = importlib.import_module(type(pipe.transformer).__module__)
+    module: Any = importlib.import_module(type(pipe.transformer).__module__)
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     stock = module.dispatch_attention_fn
 

@@ -77,7 +77,7 @@ def _cover(thing: Thing, centres: np.ndarray, size: int, flip: bool = False, sof
     x, y = _axes(size)
     c = (centres * size).astype(np.float32)
     dx, dy = x - c[:, 0, None, None], y - c[:, 1, None, None]
-    d = distance(thing.shape, dx, -dy if flip else dy, np.float32(thing.radius * size))
+    d = distance(thing.shape, dx, -dy if flip else dy, thing.radius * size)
     return np.clip(0.5 - d / soft, 0, 1)
 
 
