@@ -6,13 +6,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gen_accel.engine import CALIBRATING, Engine
+from gen_accel.engine import Engine
 from gen_accel.install import _provenance, apply
-from gen_accel.layout import TokenLayout
+from gen_accel.layout import ForwardContext, TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan
+from gen_accel.planner import CALIBRATING, Planned
 from gen_accel.processors import ParoProcessor
 from gen_accel.recorder import Measurement, Recorder
 
@@ -93,7 +95,9 @@ def calibrate(
     watchers = []
     with apply(pipe, policy) as handle:
         for component in handle.components:
-            watchers.append(_Watcher(component.engine, measurement, groups))
+            watcher = _Watcher(component.engine, component.planner.model, measurement, groups)
+            component.engine.planner = watcher
+            watchers.append(watcher)
         passes = [("orders", runs[:order_prompts])] if reorder else []
         passes.append(("masks", runs))
         bar = tqdm(
@@ -135,10 +139,13 @@ def _calls(
 
 
 class _Watcher:
-    """Holds an engine dense and feeds its recorder, step group by step group."""
+    """The planner of a run that is only watched: dense throughout, recorded by step groups."""
 
-    def __init__(self, engine: Engine, measurement: Measurement, groups: int | str) -> None:
+    def __init__(
+        self, engine: Engine, model: str, measurement: Measurement, groups: int | str
+    ) -> None:
         self.engine = engine
+        self.model = model
         self.measurement = measurement
         self.groups = groups
         self.what = "orders"
@@ -147,7 +154,19 @@ class _Watcher:
         self._first_sparse = 0
         self._of_step: list[int | None] = []
         self._sigma: dict[int, float] = {}
-        engine.observer = self.observe
+
+    def begin(self, context: ForwardContext) -> None:
+        """Nothing to prepare."""
+
+    def lookup(
+        self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
+    ) -> Planned | str:
+        """Every call is dense."""
+        return CALIBRATING
+
+    def watches(self, layer: int) -> bool:
+        """Every layer."""
+        return True
 
     def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
         context = self.engine.context
@@ -177,7 +196,7 @@ class _Watcher:
         # A transformer that serves part of the run (Wan 2.2) never saw the other groups.
         for group in range(recorder.groups - 2, -1, -1):
             lows[group] = max(lows[group], lows[group + 1])
-        plan = ComponentPlan(self.engine.model, tuple(lows))
+        plan = ComponentPlan(self.model, tuple(lows))
         for layer in range(self.engine.layers):
             if recorder.observed(layer):
                 plan.layers[layer] = recorder.layer_plan(layer)

@@ -35,13 +35,12 @@ class DirectCalls:
             )
         self._policy = policy
         self._grid = TokenGrid(*policy.grid)
+        self._planner = policy.planner("transformer", "direct", layers=0)
         self._engine = Engine(
             name="transformer",
-            model="direct",
             layers=0,
             schedule=policy.schedule(),
-            measurement=policy.measurement(),
-            layout_of=None,
+            planner=self._planner,
             precision=policy.precision,
             impl=policy.impl,
         )
@@ -72,6 +71,7 @@ class DirectCalls:
                 self._engine.attend, self._engine.layers, match.stock
             )
             self._engine.layers += 1
+            self._planner.layers += 1
         context = ForwardContext()
         try:
             context.layout = match.processor.layout(

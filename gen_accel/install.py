@@ -16,6 +16,7 @@ from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
 from gen_accel.plan import AttentionPlan, PlanError
+from gen_accel.planner import CalibratedPlanner
 from gen_accel.processors import ParoProcessor
 
 log = logging.getLogger("gen_accel")
@@ -32,6 +33,7 @@ class Component:
         name: Component name in the pipeline.
         transformer: The model.
         family: Its family.
+        planner: Where its orders and block lists come from.
         engine: What runs its attention.
         taken: Module name -> the stock processor that stood there.
         left: Module name -> why it was left alone.
@@ -40,10 +42,17 @@ class Component:
     name: str
     transformer: nn.Module
     family: Family
+    planner: CalibratedPlanner
     engine: Engine
     taken: dict[str, Any]
     left: dict[str, str]
     hook: Any = None
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        config: Any = self.transformer.config
+        return config.num_attention_heads
 
     def install(self) -> None:
         """Put a processor on every module taken, and the hook on the transformer."""
@@ -87,22 +96,23 @@ class Handle:
         Raises:
             PlanError: Under context parallelism this process calibrated only its own heads.
         """
-        engines = [component.engine for component in self.components]
-        if engines[0].given is not None:
-            return engines[0].given
-        made = [engine.made() for engine in engines]
-        if any(plan is None for plan in made):
-            return None
-        parts = {engine.name: plan for engine, plan in zip(engines, made) if plan is not None}
+        first = self.components[0].planner
+        if first.given is not None:
+            return first.given
+        parts = {}
         for component in self.components:
-            heads = component.transformer.config.num_attention_heads
-            for layer in parts[component.name].layers.values():
+            part = component.planner.made()
+            if part is None:
+                return None
+            parts[component.name] = part
+            heads = component.heads
+            for layer in part.layers.values():
                 if len(layer.orders.heads) != heads:
                     raise PlanError(
                         f"this rank calibrated {len(layer.orders.heads)} of {heads} heads: make "
                         "the plan in one process and give it to all ranks as plan=..."
                     )
-        recorder = engines[0].recorder
+        recorder = first.recorder
         assert recorder is not None
         return AttentionPlan(
             grid=recorder.grid,
@@ -121,7 +131,7 @@ class Handle:
         lines = [repr(self.processor)]
         for component in self.components:
             lines.append(
-                f"{component.name} ({component.engine.model}, family {component.family.name}): "
+                f"{component.name} ({component.planner.model}, family {component.family.name}): "
                 f"{len(component.taken)} attention modules accelerated"
             )
             for reason in sorted(set(component.left.values())):
@@ -193,22 +203,22 @@ def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Hand
         if not taken:
             reasons = "; ".join(sorted(set(left.values()))) or "it has no attention modules"
             raise ValueError(f"{name}: no attention module can be accelerated ({reasons})")
+        model = _model_string(transformer, len(taken))
+        planner = processor.planner(name, model, len(taken), plan)
         engine = Engine(
             name=name,
-            model=_model_string(transformer, len(taken)),
             layers=len(taken),
             schedule=processor.schedule(),
-            measurement=processor.measurement(),
+            planner=planner,
             layout_of=family.layout,
-            plan=plan,
             scheduler=scheduler,
             precision=processor.precision,
             impl=processor.impl,
             profile=profile,
         )
-        components.append(Component(name, transformer, family, engine, taken, left))
+        components.append(Component(name, transformer, family, planner, engine, taken, left))
     if plan is not None:
-        plan.check({component.name: component.engine.model for component in components})
+        plan.check({component.name: component.planner.model for component in components})
     for component in components:
         component.install()
     handle = Handle(processor, components)

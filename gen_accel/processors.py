@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_accel.plan import AttentionPlan
+from gen_accel.planner import CalibratedPlanner
 from gen_accel.recorder import Measurement
 from gen_accel.schedule import Schedule
 
@@ -87,6 +88,12 @@ class ParoProcessor:
         return Measurement(
             self.density, self.block, self.reorder, self.criterion, self.rows_per_block
         )
+
+    def planner(
+        self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
+    ) -> CalibratedPlanner:
+        """What decides for one transformer; arguments as `CalibratedPlanner`."""
+        return CalibratedPlanner(name, model, layers, self.schedule(), self.measurement(), plan)
 
     def load_plan(self) -> AttentionPlan | None:
         """The plan to execute, read from its file when it was given as a path."""

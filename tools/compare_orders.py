@@ -56,7 +56,7 @@ class Capture:
                 if engine.context.step % self.every == 0:
                     self.observe(layer, q, k, layout)
 
-            engine.observer = observe
+            engine.planner.observe = observe
             for number, prompt in enumerate(prompts):
                 generator = torch.Generator().manual_seed(seed + number)
                 pipe(prompt=prompt, generator=generator, output_type="latent", **call)
