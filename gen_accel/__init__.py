@@ -26,7 +26,6 @@ _EXPORTS = {
     "Blocks": "gen_accel.kernels.blocks",
     "Handle": "gen_accel.install",
     "ParoProcessor": "gen_accel.processors",
-    "SparseProcessor": "gen_accel.processors",
     "TokenGrid": "gen_accel.layout",
     "apply": "gen_accel.install",
     "block_sparse_attention": "gen_accel.kernels.api",
