@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # name -> module; see carrier.Carrier for what such a module has.
 _CARRIERS = {
     "gather": "gen_accel.kernels.gather",
+    "flex": "gen_accel.kernels.flex",
     "reference": "gen_accel.kernels.reference",
 }
 _AUTO = ("gather",)  # what impl="auto" tries, best first
