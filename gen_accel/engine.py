@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.kernels.api import block_sparse_attention
+from gen_accel.kernels.api import block_sparse_attention, choose
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.planner import Planned, Planner
 from gen_accel.schedule import Schedule
@@ -218,6 +218,8 @@ class Engine:
         with self._clock("sparse", q):
             q, k, v = (order.reorder(x, layout) for x in (q, k, v))
             k, v = k[:, : blocks.kv_len], v[:, : blocks.kv_len]
+            if not self.stats.carrier:
+                self.stats.carrier = choose(q, k, v, blocks, impl=self.impl)
             out = block_sparse_attention(q, k, v, blocks, precision=self.precision, impl=self.impl)
             out = order.restore(out, layout)
         self.stats.sparse += 1

@@ -111,6 +111,15 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+def choose(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, *, impl: str = "auto") -> str:
+    """Name of the carrier that `block_sparse_attention` runs these arguments on.
+
+    Raises:
+        ValueError: The named carrier cannot run this call.
+    """
+    return _choose(Call(q, k, v, blocks, q.shape[3] ** -0.5), impl)
+
+
 def available() -> dict[str, str | None]:
     """Carrier name -> None, or why it cannot run on this machine and what would help."""
     return {name: _carrier(name).missing() for name in _CARRIERS}
@@ -130,13 +139,18 @@ def _run(
     if check_finite:
         _check_finite(q=q, k=k, v=v)
     call = Call(q, k, v, blocks, scale, _PRECISIONS[precision], return_lse)
+    name = _choose(call, impl)
+    if impl == "auto":
+        _announce(name, q.device.type)
+    return _carrier(name).run(call)
+
+
+def _choose(call: Call, impl: str) -> str:
     for name in _AUTO if impl == "auto" else (impl,):
         carrier = _carrier(name)
         limit = carrier.missing() or carrier.limits(call)
         if limit is None:
-            if impl == "auto":
-                _announce(name, q.device.type)
-            return carrier.run(call)
+            return name
     raise ValueError(f"impl={impl!r}: {limit}")
 
 

@@ -170,7 +170,7 @@ def test_summary_tells_what_was_left_and_why():
     assert "ParoProcessor(density=0.25, min_tokens=0, block=16)" in text
     assert "4 attention modules accelerated" in text
     assert "left alone: 1 x token refiner" in text
-    assert "sparse: 16 calls, density 0." in text
+    assert "sparse: 16 calls, density 0." in text and "carrier gather" in text
     assert "of the softmax mass, calibrated during a run in" in text
 
 
