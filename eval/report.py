@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gen_accel.eval.files import write_text
 from torch import Tensor
+
+from gen_accel.eval.files import write_text
 
 
 @dataclass(frozen=True)

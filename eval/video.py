@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gen_accel.eval.files import atomic
 from torch import Tensor
+
+from gen_accel.eval.files import atomic
 
 FORMATS = ".mp4, .gif, .npy, .png (one frame), or a folder name for one PNG per frame"
 

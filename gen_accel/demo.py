@@ -16,6 +16,7 @@ from torch import Tensor
 from gen_accel.eval.fidelity import psnr, ssim
 from gen_accel.eval.report import Media, Picture, Report, Row, heatmap, write_report
 from gen_accel.eval.video import side_by_side, write_video
+from gen_accel.layout import ForwardContext, TokenLayout
 
 if TYPE_CHECKING:
     from gen_accel.install import Handle
@@ -35,7 +36,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What to run; the defaults make 9x30x32 = 8640 tokens.
+    """What to run; the defaults make 9x32x32 = 9216 tokens.
 
     Args:
         density: Share of the attention blocks PARO keeps, in (0, 1].
@@ -50,8 +51,8 @@ class DemoSettings:
 
     density: float = 0.25
     dense_steps: float = 0.2
-    num_inference_steps: int = 12
-    height: int = 240
+    num_inference_steps: int = 15
+    height: int = 256
     width: int = 256
     num_frames: int = 17
     guidance_scale: float = 4.0
@@ -127,20 +128,16 @@ def _attention_pictures(
     """Where the mass of one head lies, in raster order and in the order that was chosen."""
     from gen_accel import ParoProcessor, apply
     from gen_accel.kernels.mass import block_mass
-    from gen_accel.layout import TokenLayout
     from gen_accel.order.axis import AXIS_ORDERS, RASTER, axis_order
 
     plan = handle.plan
     if plan is None:
         return {}
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    layer, watcher = 0, _QueriesAndKeys()
     with apply(pipe, ParoProcessor(dense_steps=1.0, min_tokens=0)) as watch:
-        watch.components[0].engine.observer = lambda layer, q, k, layout: seen.update(
-            {layer: (q, k)}
-        )
+        watch.components[0].engine.planner = watcher
         _render(pipe, settings, "warm-up", num_inference_steps=1, output_type="latent")
-    layer = 0
-    q, k = seen[layer]
+    q, k = watcher.seen[layer]
     layout, chosen = TokenLayout(plan.grid), plan.components["transformer"].layers[layer]
     heads = len(chosen.orders.heads)
     kept = int(plan.density * (plan.grid.numel // plan.block))
@@ -171,6 +168,25 @@ def _attention_pictures(
                     "budget of a layer."),
         ]
     }  # fmt: skip
+
+
+class _QueriesAndKeys:
+    """A planner that leaves everything dense and keeps the queries and keys of each layer."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, context: ForwardContext) -> None:
+        pass
+
+    def lookup(self, *call: Any) -> str:
+        return "watched"
+
+    def watches(self, layer: int) -> bool:
+        return True
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+        self.seen[layer] = q, k
 
 
 def _report(

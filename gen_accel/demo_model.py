@@ -35,7 +35,7 @@ DECAY, ONCE, TWICE = 2.0, 16.0, -8.0
 
 
 def demo_pipeline(seed: int = 0) -> Any:
-    """A text-to-video `diffusers.WanPipeline` in fp32: 2 layers of 4 heads of 64, VAE 2x4x4."""
+    """A text-to-video `diffusers.WanPipeline` in fp32: 2 layers of 4 heads of 64."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
     torch.manual_seed(seed)
@@ -55,37 +55,52 @@ def demo_pipeline(seed: int = 0) -> Any:
 
 
 def _tokenizer() -> Any:
-    """One token per character."""
-    from transformers import T5TokenizerFast
+    """One token per character, and an end token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    characters = string.ascii_letters + string.digits + string.punctuation
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    vocab += [(character, -2.0) for character in characters]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    vocabulary = [
+        *special.values(),
+        " ",
+        *string.ascii_letters,
+        *string.digits,
+        *string.punctuation,
+    ]
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
 def _text_encoder(vocabulary: int) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    sizes = {"d_model": TEXT, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **sizes)).eval()
+    config = UMT5Config(
+        vocab_size=vocabulary, d_model=TEXT, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    return UMT5EncoderModel(config).eval()
 
 
 @torch.no_grad()
-def _transformer() -> nn.Module:
+def _transformer() -> Any:
     from diffusers import WanTransformer3DModel
 
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         patch_size=(1, PATCH, PATCH),
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         text_dim=TEXT,
-        ffn_dim=HEADS * HEAD_DIM,
+        ffn_dim=64,
         num_layers=LAYERS,
         rope_max_seq_len=64,
-    ).eval()
+    )
+    model.eval()
     # The hidden state in quarters: the patch, its average after one layer, after two, and the text.
     patch, once, twice, text = (slice(i * VALUES, (i + 1) * VALUES) for i in range(4))
     embedder = model.condition_embedder
@@ -109,7 +124,7 @@ def _transformer() -> nn.Module:
     return model
 
 
-def _plant_heads(attn: nn.Module, read: slice, write: slice) -> None:
+def _plant_heads(attn: Any, read: slice, write: slice) -> None:
     """Heads that average the values of ``read`` over their neighbourhood, into ``write``."""
     vectors = torch.stack([_kernel(narrow) for narrow in NARROW_IN])
     scale = vectors.square().mean().sqrt()
@@ -131,9 +146,8 @@ def _kernel(narrow: tuple[str, ...]) -> Tensor:
     """Constant query and key of a head: rotated, their product depends on the distance alone."""
     vector, start = torch.zeros(HEAD_DIM), 0
     for axis, name in enumerate(AXES):
-        indices, score = NARROW[axis], NARROW_SCORE
-        if name not in narrow:
-            indices, score = WIDE[axis], WIDE_SCORE
+        wide = name not in narrow
+        indices, score = WIDE[axis] if wide else NARROW[axis], WIDE_SCORE if wide else NARROW_SCORE
         for index in indices:
             vector[start + 2 * index] = (score * HEAD_DIM**0.5 / len(indices)) ** 0.5
         start += 2 * PAIRS[axis]
@@ -141,47 +155,56 @@ def _kernel(narrow: tuple[str, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _vae() -> nn.Module:
+def _vae() -> Any:
     """A decoder that mixes channels into colours and interpolates; the encoder stays random."""
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan(
+    vae: Any = AutoencoderKLWan(
         base_dim=8,
         z_dim=CHANNELS,
-        dim_mult=[1, 1, 1],
+        dim_mult=[1, 1],
         num_res_blocks=0,
-        temperal_downsample=[True, False],
+        temperal_downsample=[True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
         scale_factor_temporal=TEMPORAL,
         scale_factor_spatial=SPATIAL,
-    ).eval()
-    tent = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for module in vae.decoder.modules():
+    )
+    vae.eval()
+    decoder = vae.decoder
+    for module in decoder.modules():
         if hasattr(module, "conv2"):  # residual blocks become their shortcuts
             _silence(module.conv2)
             if isinstance(module.conv_shortcut, nn.Conv3d):
-                _mix(module.conv_shortcut)
+                _silence(module.conv_shortcut)
+                module.conv_shortcut.weight[..., 0, 0, 0] = _mixture(module.conv_shortcut)
         elif hasattr(module, "proj"):  # and so does the attention block
             _silence(module.proj)
-        elif hasattr(module, "resample"):
-            if hasattr(module, "time_conv"):  # two frames: half way to this one, and this one
-                _silence(module.time_conv)
-                eye = torch.eye(module.dim)
-                module.time_conv.weight[: module.dim, :, 1:, 0, 0] = eye[..., None] / 2
-                module.time_conv.weight[module.dim :, :, 2, 0, 0] = eye
-            _mix(module.resample[1], tent[:, None] * tent)
-    _mix(vae.decoder.conv_in)
-    _mix(vae.decoder.conv_out)
+        elif hasattr(module, "time_conv"):
+            eye, tent = torch.eye(module.dim), torch.tensor([1.0, 2.0, 1.0]) / 4
+            _silence(module.time_conv)
+            # Two frames: half way from the last one, and this one.
+            module.time_conv.weight[: module.dim, :, 1:, 0, 0] = eye[..., None] / 2
+            module.time_conv.weight[module.dim :, :, 2, 0, 0] = eye
+            mixture = _mixture(module.resample[1])
+            _silence(module.resample[1])
+            module.resample[1].weight.copy_(mixture[..., None, None] * tent[:, None] * tent)
+    mixture = _mixture(decoder.conv_in)
+    _silence(decoder.conv_in)
+    decoder.conv_in.weight[:, :, -1, 1, 1] = mixture
+    # Four pixels from one, bilinear; the decoder counts (colour, column, row).
+    colours = nn.init.orthogonal_(torch.empty(3, decoder.conv_out.in_channels))
+    near = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]])
+    pixels = torch.einsum("cd,xj,yi->cxydij", colours, near, near)
+    _silence(decoder.conv_out)
+    decoder.conv_out.weight[:, :, -1] = pixels.flatten(0, 2)
     return vae
 
 
-def _mix(conv: nn.Conv2d | nn.Conv3d, kernel: Tensor | None = None) -> None:
-    """An orthogonal mixture of channels, at the present pixel or over a spatial kernel."""
-    mixture = nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels))
-    _silence(conv)
-    if kernel is not None:
-        conv.weight.copy_(mixture[:, :, None, None] * kernel)
-    else:  # causal in time: the last tap is now
-        conv.weight[:, :, -1, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2] = mixture
+def _mixture(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """An orthogonal mixture of channels."""
+    return nn.init.orthogonal_(torch.empty(conv.out_channels, conv.in_channels))
 
 
 def _silence(*modules: nn.Module) -> None:

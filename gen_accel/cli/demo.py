@@ -14,8 +14,8 @@ SECTIONS = ()
 NUMBERS = {
     "density": (float, "share of the attention blocks to keep (0.25)"),
     "dense_steps": (float, "first share of the steps that stays dense (0.2)"),
-    "num_inference_steps": (int, "denoising steps (12)"),
-    "height": (int, "pixels, a multiple of 8 (240)"),
+    "num_inference_steps": (int, "denoising steps (15)"),
+    "height": (int, "pixels, a multiple of 8 (256)"),
     "width": (int, "pixels, a multiple of 8 (256)"),
     "num_frames": (int, "odd number of frames (17)"),
     "seed": (int, "seed of weights and noise (0)"),

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(Path(save_plan).parent)
     settings = dict(args.sections["processor"])
     named = settings.pop("name", "paro")  # processor: {name: paro, ...} in a file
-    name: str = getattr(args, "processor", named)
+    name = str(getattr(args, "processor", named))
     processor = shared.make_processor(name, settings, getattr(args, "plan", None))
     device = shared.device_of(args)
     if processor is None and save_plan is not None:

@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from gen_accel.eval import fidelity
-from gen_accel.eval.fidelity import PSNR_CAP, cosine, psnr, relative_l1, relative_l2, ssim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from gen_accel.eval import fidelity
+from gen_accel.eval.fidelity import PSNR_CAP, cosine, psnr, relative_l1, relative_l2, ssim
 
 
 def clips(*shape, seed=0, noise=0.1):

@@ -4,6 +4,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+
 from gen_accel.eval.fidelity import psnr
 from gen_accel.eval.files import atomic, check_writable, write_text
 from gen_accel.eval.video import read_video, side_by_side, to_uint8, write_video
