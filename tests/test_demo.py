@@ -1,0 +1,111 @@
+import json
+import os
+
+import pytest
+import torch
+
+from gen_accel.cli.main import main
+from gen_accel.demo import DemoSettings, run_demo
+from gen_accel.demo_model import AXES, NARROW_IN, demo_pipeline
+from gen_accel.eval.video import read_video
+from gen_accel.order.axis import AXIS_ORDERS
+
+FILES = ["dense.mp4", "index.html", "paro.mp4", "report.json", "side_by_side.mp4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    words = ["demo", f"--output={folder}", "--height=128", "--width=160", "--num-frames=9"]
+    assert main([*words, "--num-inference-steps=5"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_folder(folder):
+    assert sorted(os.listdir(folder)) == FILES
+    dense, paro = read_video(folder / "dense.mp4"), read_video(folder / "paro.mp4")
+    assert dense.shape == paro.shape == (9, 3, 128, 160)
+    assert dense.float().std() > 20, "there is something to see"
+    assert dense.float().diff(dim=0).abs().mean() > 1, "and it moves"
+    joined = read_video(folder / "side_by_side.mp4")
+    assert joined.shape[0] == 9 and joined.shape[2] > 128 and joined.shape[3] >= 320
+
+
+def test_the_numbers(report):
+    dense, paro = report["rows"]
+    assert dense["psnr"] is None and dense["density"] == 1
+    assert paro["speedup"] == pytest.approx(dense["seconds"] / paro["seconds"])
+    assert 0.2 < paro["density"] < 0.35
+    assert paro["psnr"] > 25 and paro["ssim"] > 0.9
+    # 5 steps, one of them dense, two layers, two branches
+    assert report["calls"]["sparse"] == 4 * 2 * 2
+    assert sum(report["calls"]["dense"].values()) == 1 * 2 * 2
+    assert 0.5 < report["mass_kept"] < 1
+    assert report["versions"]["torch"] and "5x16x20" in report["config"]["tokens"]
+
+
+def test_paro_finds_the_planted_axes(report):
+    """The axis a head is wide in has to run fastest, so that a block holds its neighbours."""
+    for orders in report["orders"].values():
+        for name, narrow in zip(orders, NARROW_IN, strict=True):
+            (wide,) = {axis[0].upper() for axis in AXES if axis not in narrow}
+            assert name in AXIS_ORDERS
+            assert name[-1] == {"T": "F"}.get(wide, wide), (name, narrow)
+
+
+def test_the_page(folder, report):
+    page = (folder / "index.html").read_text()
+    assert 'src="dense.mp4"' in page and 'src="paro.mp4"' in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "built, not trained" in page and "ParoProcessor(density=0.25)" in page
+    assert f"{report['rows'][1]['psnr']:.1f} dB" in page
+
+
+def test_the_heads_are_what_the_model_says():
+    transformer = demo_pipeline().transformer
+    frames, height, width = grid = (7, 15, 16)
+    rotary = transformer.rope(torch.zeros(1, 16, frames, 2 * height, 2 * width))
+    attn = transformer.blocks[1].attn1
+    seen = {}
+
+    def keep(attn, hidden, text, mask, rope):
+        q, k = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden))
+        seen["qk"] = [_rotate(x.unflatten(2, (4, -1)), *rope) for x in (q, k)]
+        return hidden
+
+    attn.set_processor(keep)
+    with torch.no_grad():
+        attn(torch.randn(1, 7 * 15 * 16, 256), None, None, rotary)
+    q, k = seen["qk"]
+    centre = (3 * height + 7) * width + 8
+    for head, narrow in enumerate(NARROW_IN):
+        weights = (q[0, centre, head] @ k[0, :, head].T / 8).softmax(-1).view(grid)
+        widths = {}
+        for axis, name in enumerate(AXES):
+            share = weights.sum([a for a in range(3) if a != axis])
+            widths[name] = float(1 / share.square().sum())  # effective number of tokens
+        for name in AXES:
+            assert (widths[name] < 0.6 * grid[AXES.index(name)]) == (name in narrow), widths
+
+
+def _rotate(x, cos, sin):
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs * torch.complex(cos[..., 0::2], sin[..., 1::2])
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, second, other = (demo_pipeline(seed).transformer.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_bad_settings_are_refused_before_anything_is_rendered(tmp_path):
+    with pytest.raises(ValueError, match=r"density=2.*\(0, 1\]"):
+        run_demo(tmp_path, DemoSettings(density=2))
+    assert os.listdir(tmp_path) == []
