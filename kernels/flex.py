@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ _SHAPES = 64  # that one process may compile; torch's own limit of 8 is soon rea
 
 # Query lists per key block serve the backward pass only; torch before 2.10 always makes them.
 _parameters = inspect.signature(BlockMask.from_kv_blocks).parameters
-_FORWARD_ONLY = {"compute_q_blocks": False} if "compute_q_blocks" in _parameters else {}
+_FORWARD_ONLY: dict[str, Any] = (
+    {"compute_q_blocks": False} if "compute_q_blocks" in _parameters else {}
+)
 
 _block_masks: weakref.WeakKeyDictionary[Blocks, BlockMask] = weakref.WeakKeyDictionary()
 

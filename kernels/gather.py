@@ -30,6 +30,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _NUMBERS_PER_THREAD = 2**20  # scores, keys and values alive at a time, to stay near the L2 cache
 _ROWS_PER_LIST = 16  # that share a gathered copy
 _DENSE_BLOCK = 128
+_LOG2_E = math.log2(math.e)
+_NO_ROWS = np.empty(0, np.int64)
 # exp(60) times a million keys is far from the fp32 limit, and exp(-60) far from its denormals.
 _SAFE_SCORE = 60.0
 
@@ -60,15 +62,22 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         return out.transpose(1, 2).to(call.q.dtype), None
 
     blocks = _every_block(call) if call.blocks is None else call.blocks
-    batch, tokens, heads, _ = q.shape
-    problem = _Problem(q, k, v, blocks, call.scale, dtype, call.return_lse)
-    for group in _groups(blocks, batch, heads, problem.safe_heads()):
-        problem.solve(group)
-    out = problem.out.view(batch, heads, -1, q.shape[3])[:, :, :tokens].transpose(1, 2)
-    lse = problem.lse
-    if lse is not None:
-        lse = lse.view(batch, heads, -1)[..., :tokens].float().contiguous()
-    return out.to(call.q.dtype), lse
+    batch, tokens, heads, dim = q.shape
+    q = _tile(q, blocks.block_q, dtype)
+    k, v = (_tile(x, blocks.block_kv, dtype) for x in (k, v))
+    groups = list(_groups(blocks, batch, heads, _safe_heads(q, k, batch * heads, call.scale)))
+    rows = np.concatenate([_NO_ROWS, *(group.rows.ravel() for group in groups)])
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+    # With the rows in the order in which they are computed, those of a chunk are a slice.
+    order = torch.from_numpy(rows).to(q.device)
+    problem = _Problem(q.index_select(0, order), k, v, blocks, call.scale, heads)
+    problem.solve(groups)
+    out.index_copy_(0, order, problem.out)
+    lse.index_copy_(0, order, problem.lse)
+    out = out.view(batch, heads, -1, dim)[:, :, :tokens].transpose(1, 2).to(call.q.dtype)
+    if not call.return_lse:
+        return out, None
+    return out, lse.view(batch, heads, -1)[..., :tokens].float().contiguous()
 
 
 def _is_dense(call: Call) -> bool:
@@ -123,7 +132,7 @@ class _Group(NamedTuple):
         columns: ``[lists, length]``, the key blocks of the list, partial ones first.
         partial: How many of the columns are partial.
         ragged: Whether the last column is full and yet the sequence ends inside it.
-        safe: Whether no score can overflow, see `_Problem.safe_heads`.
+        safe: Whether no score can overflow, see `_safe_heads`.
     """
 
     rows: np.ndarray
@@ -155,9 +164,9 @@ def _groups(blocks: Blocks, batch: int, heads: int, safe: list[bool]) -> Iterato
             alike[key].append(shared)
 
     for (_, num_partial, _, ragged, is_safe), entries in alike.items():
-        rows = np.array(entries)
-        columns = np.stack([np.concatenate((partial[r], full[r])) for r in rows[:, 0]])
-        yield _Group(rows, columns + rows[:, :1] // num_q * num_kv, num_partial, ragged, is_safe)
+        found = np.array(entries, np.int64)
+        columns = np.stack([np.concatenate((partial[r], full[r])) for r in found[:, 0]])
+        yield _Group(found, columns + found[:, :1] // num_q * num_kv, num_partial, ragged, is_safe)
 
 
 def _lists(counts: Tensor | None, lists: Tensor | None, batch: int, heads: int) -> list[np.ndarray]:
@@ -172,113 +181,100 @@ def _lists(counts: Tensor | None, lists: Tensor | None, batch: int, heads: int) 
 # ---- the arithmetic ------------------------------------------------------------------------------
 
 
+def _safe_heads(q: Tensor, k: Tensor, heads: int, scale: float) -> list[bool]:
+    """Per head: |score| <= |q| |k| is so small that the softmax needs no maximum."""
+    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1).view(heads, -1).amax(1) for x in (q, k))
+    return (abs(scale) * q_norm * k_norm < _SAFE_SCORE).tolist()
+
+
 class _Problem:
-    """Inputs as tiles ``[rows or columns, tokens, head_dim]``, results, and buffers."""
+    """Tiles ``[rows or columns, tokens, head_dim]`` and what is computed from them."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        blocks: Blocks,
-        scale: float,
-        dtype: torch.dtype,
-        return_lse: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, heads: int
     ) -> None:
-        self.blocks, self.scale, self.heads = blocks, scale, q.shape[2]
-        self.q = _tile(q, blocks.block_q, dtype)
-        self.k, self.v = (_tile(x, blocks.block_kv, dtype) for x in (k, v))
-        self.out = torch.zeros_like(self.q)
-        self.lse = self.q.new_full(self.q.shape[:2], -torch.inf) if return_lse else None
-        self.buffers: dict[str, Tensor] = {}
+        self.q, self.k, self.v = q, k, v
+        self.blocks, self.scale, self.heads = blocks, scale, heads
+        self.out = torch.empty_like(q)
+        self.lse = q.new_empty(q.shape[:2])
 
-    def safe_heads(self) -> list[bool]:
-        """Per head: |score| <= |q| |k| is so small that the softmax needs no maximum."""
-        q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1) for x in (self.q, self.k))
-        q_norm = q_norm.view(-1, self.blocks.num_q_blocks * self.blocks.block_q).amax(1)
-        k_norm = k_norm.view(-1, self.blocks.num_kv_blocks * self.blocks.block_kv).amax(1)
-        return (abs(self.scale) * q_norm * k_norm < _SAFE_SCORE).tolist()
-
-    def solve(self, group: _Group) -> None:
-        """Fill in the rows of one group."""
+    def solve(self, groups: list[_Group]) -> None:
+        """Fill in ``out`` and ``lse``; the rows of the groups are those of ``q``, in turn."""
         attend = self._fused if self.q.dtype in _HALF else self._matmul
-        for rows, columns in zip(
-            self._chunks(group.rows, group), self._chunks(group.columns, group)
-        ):
-            flat = rows.flatten()
-            q = self.q.index_select(0, flat).view(len(rows), -1, self.q.shape[2])
-            out, lse = attend(q, rows, columns, group)
-            self.out.index_copy_(0, flat, out.view(-1, *self.out.shape[1:]))
-            if self.lse is not None and lse is not None:
-                self.lse.index_copy_(0, flat, lse.view(-1, self.lse.shape[1]))
+        start = 0
+        for group in groups:
+            for rows, columns in self._chunks(group):
+                stop = start + rows.numel()
+                q, out = (x[start:stop].view(len(rows), -1, x.shape[2]) for x in (self.q, self.out))
+                attend(q, rows, columns, group, out, self.lse[start:stop].view(out.shape[:2]))
+                start = stop
 
-    def _chunks(self, x: np.ndarray, group: _Group) -> Iterator[Tensor]:
+    def _chunks(self, group: _Group) -> Iterator[tuple[Tensor, Tensor]]:
         """As many lists at a time as the budget takes, the same number for every thread."""
+        lists, length = group.columns.shape
         threads = torch.get_num_threads()
-        queries = group.rows.shape[1] * self.blocks.block_q
-        columns = _NUMBERS_PER_THREAD // self._numbers_per_column(queries)
-        per_thread = max(1, columns // group.columns.shape[1])
-        even = len(x) // threads * threads
-        for part in torch.from_numpy(x).to(self.q.device, torch.int64).split(even or len(x)):
-            yield from part.split(per_thread * threads)
+        size = threads * max(1, self._columns_per_thread(group) // length)
+        even = lists // threads * threads
+        rows, columns = (torch.from_numpy(x).to(self.q.device) for x in group[:2])
+        for start in range(0, even, size):
+            stop = min(start + size, even)
+            yield rows[start:stop], columns[start:stop]
+        if even < lists:
+            yield rows[even:], columns[even:]
 
-    def _numbers_per_column(self, queries: int) -> int:
-        return self.blocks.block_kv * (queries + 2 * self.q.shape[2])
+    def _columns_per_thread(self, group: _Group) -> int:
+        queries = group.rows.shape[1] * self.blocks.block_q
+        return _NUMBERS_PER_THREAD // (self.blocks.block_kv * (queries + 2 * self.q.shape[2]))
 
     def _fused(
-        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group
-    ) -> tuple[Tensor, Tensor | None]:
+        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group, out: Tensor, lse: Tensor
+    ) -> None:
         """Half precision: the scores must not be rounded to it, and fused attention does not."""
-        k, v = self._gather(columns, group.ragged)
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=self.scale)
-        return out[:, 0], None
+        q, k, v = (x[:, None] for x in (q, *self._gather(columns, group.ragged)))
+        out.copy_(F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0])
 
     def _matmul(
-        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group
-    ) -> tuple[Tensor, Tensor | None]:
-        lists, queries, dim = q.shape
-        length = columns.shape[1]
-        budget = _NUMBERS_PER_THREAD * torch.get_num_threads()
-        span = max(1, budget // (lists * self._numbers_per_column(queries)))
-        out = self._buffer("out", lists, queries, dim)
-        total = q.new_zeros(lists, queries, 1)
-        peak = None if group.safe else q.new_full(total.shape, torch.finfo(q.dtype).min)
+        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group, out: Tensor, lse: Tensor
+    ) -> None:
+        lists, length = columns.shape
+        span = max(1, self._columns_per_thread(group) * torch.get_num_threads() // lists)
+        total = peak = None
         for start in range(0, length, span):
             stop = min(start + span, length)
             k, v = self._gather(columns[:, start:stop], group.ragged and stop == length)
-            s = self._buffer("scores", lists, queries, k.shape[1])
             # Powers of two: torch's exp is MKL's, 50 times slower where the result underflows.
-            torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale * math.log2(math.e), out=s)
+            s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=self.scale * _LOG2_E)
             if start < group.partial:
                 hidden = self._hidden(rows, columns[:, start : min(stop, group.partial)])
                 s[..., : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
-            if peak is not None:
-                higher = torch.maximum(peak, s.amax(-1, keepdim=True))
-                if start > 0:
-                    fade = torch.exp2(peak - higher)
+            if not group.safe:
+                highest = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)
+                if peak is not None and total is not None:
+                    highest = torch.maximum(peak, highest)
+                    fade = torch.exp2(peak - highest)
                     out.mul_(fade)
                     total.mul_(fade)
-                s.sub_(higher)
-                peak = higher
-            total.add_(s.exp2_().sum(-1, keepdim=True))
+                s.sub_(highest)
+                peak = highest
+            summed = s.exp2_().sum(-1, keepdim=True)
+            total = summed if total is None else total.add_(summed)
             torch.baddbmm(out, s, v, beta=int(start > 0), out=out)
-        lse = None
-        if self.lse is not None:
-            lse = math.log(2) * (total.log2() if peak is None else total.log2() + peak)
+        assert total is not None
+        torch.log2(total[..., 0], out=lse)
+        if peak is not None:
+            lse.add_(peak[..., 0])
+        lse.div_(_LOG2_E)
         # Rows of partial blocks can be empty; their 0 / 0 is 0.
-        return out.div_(total.clamp_min_(torch.finfo(q.dtype).tiny)), lse
+        out.div_(total.clamp_min_(torch.finfo(q.dtype).tiny))
 
     def _gather(self, columns: Tensor, ragged: bool) -> tuple[Tensor, Tensor]:
         """Keys and values ``[lists, tokens, head_dim]`` of the columns."""
-        tokens = columns.shape[1] * self.blocks.block_kv
+        index, shape = columns.flatten(), (len(columns), -1, self.q.shape[2])
+        k, v = (x.index_select(0, index).view(shape) for x in (self.k, self.v))
         if ragged:
-            tokens -= -self.blocks.kv_len % self.blocks.block_kv
-        index, gathered = columns.flatten(), []
-        for name, tiles in (("k", self.k), ("v", self.v)):
-            buffer = self._buffer(name, len(index), *tiles.shape[1:])
-            torch.index_select(tiles, 0, index, out=buffer)
-            gathered.append(buffer.view(len(columns), -1, tiles.shape[2])[:, :tokens])
-        return gathered[0], gathered[1]
+            tokens = k.shape[1] - -self.blocks.kv_len % self.blocks.block_kv
+            k, v = k[:, :tokens], v[:, :tokens]
+        return k, v
 
     def _hidden(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Elements ``[lists, queries, keys]`` of partial blocks that the rule hides."""
@@ -295,13 +291,6 @@ class _Problem:
             key.clamp(max=blocks.kv_len - 1),
         )
         return (~visible | (key >= blocks.kv_len)).expand(len(rows), -1, key.shape[2])
-
-    def _buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory that is used again for every shape: fresh pages cost more than they hold."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = self.q.new_empty(size)
-        return self.buffers[name][:size].view(shape)
 
 
 def _tile(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:
