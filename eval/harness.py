@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import statistics
@@ -134,7 +135,7 @@ def result_row(
         "shape": None if shape is None else list(shape),
         "seed": seed,
         "device": device_name(device),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -188,6 +189,7 @@ def device_name(device: torch.device | str = "cpu") -> str:
     return f"cpu: {_cpu()}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def commit() -> str | None:
     """Commit of this clone, ``+`` behind it when tracked files were changed; None outside one."""
     root = Path(__file__).resolve().parent.parent
@@ -220,6 +222,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:

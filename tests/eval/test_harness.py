@@ -105,14 +105,22 @@ def test_a_damaged_file(tmp_path, line, message):
         read_rows(path)
 
 
+@pytest.fixture(autouse=True)
+def fresh_commit():
+    yield
+    harness.commit.cache_clear()
+
+
 def test_commit_without_git(monkeypatch):
     def no_git(*args, **kwargs):
         raise FileNotFoundError("git")
 
+    harness.commit.cache_clear()
     monkeypatch.setattr(subprocess, "run", no_git)
     assert harness.commit() is None
 
 
 def test_commit_of_a_package_that_is_no_clone(monkeypatch, tmp_path):
+    harness.commit.cache_clear()
     monkeypatch.setattr(harness, "__file__", str(tmp_path / "eval" / "harness.py"))
     assert harness.commit() is None
