@@ -29,7 +29,7 @@ def test_table_and_rows(capsys, tmp_path):
     rows = read_rows(path)
     times = [row for row in rows if row["unit"] == "ms"]
     names = {(row["name"], row["config"]["mask"], row["config"]["dtype"]) for row in times}
-    assert len(names) == len(times) == 2 * (3 + 2 * 2)
+    assert len(names) == len(times) == 2 * (4 + 2 * 2)
     assert ("whole call", "calibrated 0.5", "bf16") in names and ("SDPA", "dense", "fp32") in names
     assert all(row["value"] > 0 and row["spread"][0] <= row["spread"][1] for row in times)
     assert all(row["shape"] == [1, 250, 3, 16] and row["n"] == 2 for row in rows)
@@ -51,7 +51,7 @@ def test_a_wrong_result_has_no_time(capsys, tmp_path, monkeypatch):
     assert main([*SMALL, f"--out={path}"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
     fp32 = {row["name"] for row in read_rows(path) if row["config"]["dtype"] == "fp32"}
-    assert fp32 == {"SDPA", "no blocks"}
+    assert fp32 == {"SDPA", "SDPA, heads first in memory", "no blocks"}
 
 
 @pytest.mark.parametrize(
