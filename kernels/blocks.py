@@ -37,7 +37,8 @@ class Blocks:
         kv_indices: As above for the partial blocks, or None.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, the element rule of the partial blocks. Made of
             elementwise tensor operations and table look-ups, so that it works on scalars (as
-            FlexAttention calls it) and on index tensors that broadcast against each other.
+            FlexAttention calls it) and on index tensors that broadcast against each other. Blocks
+            with a rule are made outside of compiled code; those without may be made in it.
         rule: Number under which `RULES` finds ``mask_mod``; 0 without one.
     """
 

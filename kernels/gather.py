@@ -109,7 +109,8 @@ def _half_pays(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies ``dtype`` at least 1.25 times as fast as fp32."""
 
     def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(4, 128, 64, dtype=dtype), torch.ones(4, 64, 1024, dtype=dtype)
+        shapes = (4, 128, 64), (4, 64, 1024)
+        a, b = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
         times = []
         for _ in range(9):
             start = time.perf_counter()
@@ -273,8 +274,8 @@ class _Problem:
         index, shape = columns.flatten(), (len(columns), -1, self.q.shape[2])
         k, v = (x.index_select(0, index).view(shape) for x in (self.k, self.v))
         if ragged:
-            tokens = k.shape[1] - -self.blocks.kv_len % self.blocks.block_kv
-            k, v = k[:, :tokens], v[:, :tokens]
+            padding = -self.blocks.kv_len % self.blocks.block_kv
+            k, v = k[:, :-padding], v[:, :-padding]
         return k, v
 
     def _hidden(self, rows: Tensor, columns: Tensor) -> Tensor:

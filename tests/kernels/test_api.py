@@ -6,7 +6,7 @@ import torch
 
 from gen_accel.kernels import api
 from gen_accel.kernels.api import available, block_sparse_attention
-from gen_accel.kernels.blocks import RULES
+from gen_accel.kernels.blocks import RULES, Blocks
 from helpers.attention_cases import CASES, Case, banded, causal, every, random
 
 
@@ -168,6 +168,21 @@ def test_many_layers_share_few_graphs():
             compiled(q, k, v, lists), block_sparse_attention(q, k, v, lists), rtol=0, atol=0
         )
     assert len(graphs) <= 3
+
+
+def test_lists_can_be_made_in_compiled_code():
+    """As a selection does that looks at q and k."""
+    torch._dynamo.reset()
+
+    def select_and_attend(q, k, v):
+        means = [x.unflatten(1, (-1, 16)).mean(2).transpose(1, 2) for x in (q, k)]
+        lists = (means[0] @ means[1].mT).topk(3).indices.sort().values.int()
+        counts = torch.full_like(lists[..., 0], 3)
+        return block_sparse_attention(q, k, v, Blocks(counts, lists, 128, 128, 16, 16))
+
+    q, k, v = tensors()
+    compiled = torch.compile(select_and_attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), select_and_attend(q, k, v), rtol=0, atol=0)
 
 
 def test_the_opaque_operation_is_registered_correctly():
