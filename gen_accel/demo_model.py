@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HEADS, HEAD_DIM, LAYERS = 4, 64, 2
-CHANNELS, PATCH = 16, 2
-VALUES = CHANNELS * PATCH**2  # numbers in one token's patch; a head holds exactly those
+HEADS, HEAD_DIM, LAYERS = 2, 64, 4
+CHANNELS, PATCH = 8, 2
+VALUES = CHANNELS * PATCH**2  # numbers in one token's patch
 TEXT = 32
 SPATIAL, TEMPORAL = 4, 2  # pixels and frames per latent
 
 AXES = ("time", "height", "width")
+# The heads of the first two layers, and again of the last two.
 NARROW_IN = (("time", "height"), ("time", "width"), ("height", "width"), ("height", "width"))
 # Rotary pairs per axis in a head of 64, and the ones that make a narrow or a wide kernel. A pair
 # turns by 10000 ** (-index / pairs) per token.
@@ -35,7 +36,7 @@ DECAY, ONCE, TWICE = 2.0, 16.0, -8.0
 
 
 def demo_pipeline(seed: int = 0) -> Any:
-    """A text-to-video `diffusers.WanPipeline` in fp32: 2 layers of 4 heads of 64."""
+    """A text-to-video `diffusers.WanPipeline` in fp32: 4 layers of 2 heads of 64."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
     torch.manual_seed(seed)
@@ -101,15 +102,16 @@ def _transformer() -> Any:
         rope_max_seq_len=64,
     )
     model.eval()
-    # The hidden state in quarters: the patch, its average after one layer, after two, and the text.
+    # The hidden state in quarters: the patch, averaged once, averaged twice, and the text.
     patch, once, twice, text = (slice(i * VALUES, (i + 1) * VALUES) for i in range(4))
     embedder = model.condition_embedder
     _silence(model.patch_embedding, embedder.time_proj, embedder.time_embedder.linear_2)
     model.patch_embedding.weight[patch] = torch.eye(VALUES).view(VALUES, CHANNELS, 1, PATCH, PATCH)
-    for block, read, write in zip(model.blocks, (patch, once), (once, twice), strict=True):
+    for layer, block in enumerate(model.blocks):
         block.scale_shift_table.zero_()
         block.scale_shift_table[:, 2] = 1  # the gate of self-attention
-        _plant_heads(block.attn1, read, write)
+        parts = (patch, once) if layer < LAYERS // 2 else (once, twice)
+        _plant_heads(block.attn1, *parts, first=layer * HEADS % len(NARROW_IN))
         said = 0.2 * block.attn2.to_out[0].weight[text]
         _silence(block.attn2.to_out[0], block.ffn.net[2])
         block.attn2.to_out[0].weight[text] = said
@@ -124,9 +126,9 @@ def _transformer() -> Any:
     return model
 
 
-def _plant_heads(attn: Any, read: slice, write: slice) -> None:
-    """Heads that average the values of ``read`` over their neighbourhood, into ``write``."""
-    vectors = torch.stack([_kernel(narrow) for narrow in NARROW_IN])
+def _plant_heads(attn: Any, read: slice, write: slice, first: int) -> None:
+    """Heads that average the values of ``read`` over their neighbourhood and add to ``write``."""
+    vectors = torch.stack([_kernel(narrow) for narrow in NARROW_IN[first : first + HEADS]])
     scale = vectors.square().mean().sqrt()
     for linear, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k)):
         linear.bias.copy_((vectors / scale).flatten())
@@ -134,12 +136,13 @@ def _plant_heads(attn: Any, read: slice, write: slice) -> None:
         norm.weight.fill_(float(scale))  # the norm has divided by the mean over all heads
     _silence(attn.to_v, attn.to_out[0])
     mean = torch.eye(CHANNELS).repeat_interleave(PATCH**2, 0).repeat_interleave(PATCH**2, 1)
-    share = torch.full((CHANNELS, HEADS), 0.1)  # each channel listens to one head most
-    share[torch.arange(CHANNELS), torch.arange(CHANNELS) % HEADS] = 0.7
     for head in range(HEADS):
-        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        # Each channel listens to one kind of head most.
+        most = torch.arange(CHANNELS) % len(NARROW_IN) == first + head
+        share = torch.where(most, 0.7, 0.1).repeat_interleave(PATCH**2)
+        rows = slice(head * HEAD_DIM, head * HEAD_DIM + VALUES)
         attn.to_v.weight[rows, read] = mean / PATCH**2
-        attn.to_out[0].weight[write, rows] = share[:, head].repeat_interleave(PATCH**2).diag()
+        attn.to_out[0].weight[write, rows] = share.diag()
 
 
 def _kernel(narrow: tuple[str, ...]) -> Tensor:
@@ -170,6 +173,8 @@ def _vae() -> Any:
         patch_size=2,
         scale_factor_temporal=TEMPORAL,
         scale_factor_spatial=SPATIAL,
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
     )
     vae.eval()
     decoder = vae.decoder
