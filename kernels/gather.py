@@ -53,6 +53,8 @@ def limits(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
+    if call.blocks is not None and _keeps_all(call.blocks):
+        call = call._replace(blocks=None)
     # precision="bf16" rounds the inputs also where fp32 is what then computes with them.
     q, k, v = (x.to(call.compute) if call.compute in _HALF else x for x in call[:3])
     dtype = _compute_dtype(call)
@@ -81,6 +83,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _is_dense(call: Call) -> bool:
     return call.blocks is None and not call.return_lse
+
+
+def _keeps_all(blocks: Blocks) -> bool:
+    return bool((blocks.full_kv_num_blocks == blocks.num_kv_blocks).all())
 
 
 def _every_block(call: Call) -> Blocks:

@@ -51,7 +51,7 @@ def test_a_wrong_result_has_no_time(capsys, tmp_path, monkeypatch):
     assert main([*SMALL, f"--out={path}"]) == 1
     assert "WRONG: error" in capsys.readouterr().out
     fp32 = {row["name"] for row in read_rows(path) if row["config"]["dtype"] == "fp32"}
-    assert fp32 == {"SDPA", "SDPA, heads first in memory", "no blocks"}
+    assert "SDPA" in fp32 and not fp32 & {"kernel", "whole call"}
 
 
 @pytest.mark.parametrize(
