@@ -24,6 +24,7 @@ if (_root / "kernels" / "blocks.py").is_file() and (_root / "pyproject.toml").is
 _EXPORTS = {
     "AttentionPlan": "gen_accel.plan",
     "Blocks": "gen_accel.kernels.blocks",
+    "GnaProcessor": "gen_accel.processors",
     "Handle": "gen_accel.install",
     "ParoProcessor": "gen_accel.processors",
     "TokenGrid": "gen_accel.layout",

@@ -95,7 +95,7 @@ def calibrate(
     watchers = []
     with apply(pipe, policy) as handle:
         for component in handle.components:
-            watcher = _Watcher(component.engine, component.planner.model, measurement, groups)
+            watcher = _Watcher(component.engine, component.model, measurement, groups)
             component.engine.planner = watcher
             watchers.append(watcher)
         passes = [("orders", runs[:order_prompts])] if reorder else []
@@ -145,6 +145,7 @@ class _Watcher:
         self, engine: Engine, model: str, measurement: Measurement, groups: int | str
     ) -> None:
         self.engine = engine
+        self.layers = engine.layers
         self.model = model
         self.measurement = measurement
         self.groups = groups

@@ -12,7 +12,7 @@ from gen_accel.families import processor_for
 from gen_accel.layout import ForwardContext, TokenGrid, Unsupported
 
 if TYPE_CHECKING:
-    from gen_accel.processors import ParoProcessor
+    from gen_accel.processors import Policy
 
 
 class DirectCalls:
@@ -22,13 +22,13 @@ class DirectCalls:
     first call and sparse from its second on.
     """
 
-    def __init__(self, policy: ParoProcessor) -> None:
+    def __init__(self, policy: Policy) -> None:
         if policy.grid is None:
             raise ValueError(
                 "grid=None: a transformer's modules do not see the token grid; write "
-                "pipe.set_attn_processor(...), or ParoProcessor(grid=(frames, height, width))"
+                "pipe.set_attn_processor(...), or give grid=(frames, height, width) here"
             )
-        if policy.plan is not None:
+        if policy.load_plan() is not None:
             raise ValueError(
                 "plan=...: a plan counts layers and steps, which modules do not see; write "
                 "pipe.set_attn_processor(...) or gen_accel.apply(pipe, ...)"

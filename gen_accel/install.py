@@ -16,8 +16,8 @@ from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
 from gen_accel.plan import AttentionPlan, PlanError
-from gen_accel.planner import CalibratedPlanner
-from gen_accel.processors import ParoProcessor
+from gen_accel.planner import CalibratedPlanner, Planner
+from gen_accel.processors import Policy
 
 log = logging.getLogger("gen_accel")
 
@@ -33,6 +33,7 @@ class Component:
         name: Component name in the pipeline.
         transformer: The model.
         family: Its family.
+        model: Model string, see `gen_accel.plan.ComponentPlan`.
         planner: Where its orders and block lists come from.
         engine: What runs its attention.
         taken: Module name -> the stock processor that stood there.
@@ -42,7 +43,8 @@ class Component:
     name: str
     transformer: nn.Module
     family: Family
-    planner: CalibratedPlanner
+    model: str
+    planner: Planner
     engine: Engine
     taken: dict[str, Any]
     left: dict[str, str]
@@ -83,7 +85,7 @@ class Handle:
     Use it as a context manager to remove the processors at the end of a block.
     """
 
-    def __init__(self, processor: ParoProcessor, components: list[Component]) -> None:
+    def __init__(self, processor: Policy, components: list[Component]) -> None:
         self.processor = processor
         self.components = components
 
@@ -91,17 +93,21 @@ class Handle:
     def plan(self) -> AttentionPlan | None:
         """The plan in use: the one that was given, or the one made while calibrating.
 
-        None until calibration is complete. Save it with ``handle.plan.save(path)``.
+        None until calibration is complete, and for policies that need none. Save it with
+        ``handle.plan.save(path)``.
 
         Raises:
             PlanError: Under context parallelism this process calibrated only its own heads.
         """
         first = self.components[0].planner
+        if not isinstance(first, CalibratedPlanner):
+            return None
         if first.given is not None:
             return first.given
         parts = {}
         for component in self.components:
-            part = component.planner.made()
+            planner = component.planner
+            part = planner.made() if isinstance(planner, CalibratedPlanner) else None
             if part is None:
                 return None
             parts[component.name] = part
@@ -131,7 +137,7 @@ class Handle:
         lines = [repr(self.processor)]
         for component in self.components:
             lines.append(
-                f"{component.name} ({component.planner.model}, family {component.family.name}): "
+                f"{component.name} ({component.model}, family {component.family.name}): "
                 f"{len(component.taken)} attention modules accelerated"
             )
             for reason in sorted(set(component.left.values())):
@@ -166,7 +172,7 @@ class Handle:
         self.remove()
 
 
-def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Handle:
+def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
     """Accelerate the attention of a pipeline.
 
     Args:
@@ -185,7 +191,7 @@ def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Hand
         ValueError: Nothing here can be accelerated; the message lists the supported models.
         PlanError: The processor's plan was made for another model.
     """
-    if not isinstance(processor, ParoProcessor):
+    if not isinstance(processor, Policy):
         raise TypeError(
             f"{type(processor).__name__}: apply() takes a gen_accel processor; set a diffusers "
             "processor with pipe.transformer.set_attn_processor(...)"
@@ -216,9 +222,9 @@ def apply(pipe: Any, processor: ParoProcessor, *, profile: bool = False) -> Hand
             impl=processor.impl,
             profile=profile,
         )
-        components.append(Component(name, transformer, family, planner, engine, taken, left))
+        components.append(Component(name, transformer, family, model, planner, engine, taken, left))
     if plan is not None:
-        plan.check({component.name: component.planner.model for component in components})
+        plan.check({component.name: component.model for component in components})
     for component in components:
         component.install()
     handle = Handle(processor, components)

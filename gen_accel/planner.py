@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,32 +12,51 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
-from gen_accel.order.axis import AxisOrder
 from gen_accel.plan import AttentionPlan, ComponentPlan, PlanError
 from gen_accel.recorder import Measurement, Recorder
 from gen_accel.schedule import Schedule
+from gen_accel.select.gna import gna_plan
+from gen_accel.select.suggest import fitting_tile, suggest
+from gen_accel.select.window import Window
 
 log = logging.getLogger("gen_accel")
 
 CALIBRATING = "calibrating"
+_BLOCK = 128  # places per tile where nothing says otherwise
+
+
+class Order(Protocol):
+    """A token order: `AxisOrder`, `TileOrder`."""
+
+    def reorder(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """From the model's order."""
+
+    def restore(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Back to it."""
 
 
 class Planned(NamedTuple):
     """What a sparse call executes.
 
     Attributes:
-        order: Token order of each head.
+        order: Token order.
         blocks: Block lists of the ordered sequence.
         density: Kept share of all blocks, text included.
     """
 
-    order: AxisOrder
+    order: Order
     blocks: Blocks
     density: float
 
 
 class Planner(Protocol):
-    """Decides for one transformer; an `Engine` asks it and executes."""
+    """Decides for one transformer; an `Engine` asks it and executes.
+
+    Attributes:
+        layers: Number of attention modules.
+    """
+
+    layers: int
 
     def begin(self, context: ForwardContext) -> None:
         """Once per forward of the transformer."""
@@ -207,3 +228,107 @@ class CalibratedPlanner:
             if layer not in self.component.layers
             and not self.schedule.is_dense_layer(layer, self.layers)
         ]
+
+
+@dataclass(frozen=True)
+class WindowSetting:
+    """A window for any grid; see `gen_accel.GnaProcessor` for the fields."""
+
+    window: Any = "auto"
+    stride: int | Sequence[int] = 1
+    dilation: int | Sequence[int] = 1
+    causal: bool | Sequence[bool] = False
+    density: float = 0.25
+    tile: str | Sequence[int] = "auto"
+    block: int | None = None
+    border: str = "shift"
+
+    def plan(
+        self,
+        layer: int,
+        layout: TokenLayout,
+        text: int,
+        device: torch.device,
+        heads: slice | None = None,
+    ) -> Planned:
+        """Order and block lists of one layer; arguments as `Planner.lookup`."""
+        window: Any = self.window
+        if isinstance(window, Mapping):
+            window = window.get(layer, "auto")
+        settings: dict[str, Any] = {
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "causal": self.causal,
+        }
+        per_head = isinstance(window, Sequence) and not isinstance(window, str)
+        per_head = per_head and isinstance(window[0], Window)
+        grid: tuple[int, ...] = tuple(layout.grid)
+        # An image has no frames to look over, so two numbers or one describe its window.
+        if grid[0] == 1 and not any(_axes(x) == 3 for x in (window, *settings.values(), self.tile)):
+            grid = grid[1:]
+        tile: Any = self.tile
+        if isinstance(window, str):
+            if tile == "auto":
+                tile = fitting_tile(grid, self.block or _BLOCK, self.border)
+            window, settings = suggest(grid, self.density, tile, border=self.border)[0], {}
+        elif per_head:
+            window, settings = window[heads] if heads is not None else window, {}
+        order, blocks = gna_plan(
+            grid,
+            window,
+            **settings,
+            tile=tile,
+            block=self.block,
+            border=self.border,
+            text=layout.text,
+            text_keys=text,
+            device=device,
+        )
+        return Planned(order, blocks, blocks.density())
+
+
+def _axes(setting: Any) -> int:
+    """Number of axes a setting speaks of, 0 where it speaks of all alike."""
+    if isinstance(setting, Sequence) and not isinstance(setting, str) and len(setting):
+        return len(setting[0].grid) if isinstance(setting[0], Window) else len(setting)
+    return len(setting.grid) if isinstance(setting, Window) else 0
+
+
+class WindowPlanner:
+    """Windows: geometry alone decides.
+
+    Args:
+        setting: The window.
+        layers: Number of attention modules.
+    """
+
+    def __init__(self, setting: WindowSetting, layers: int = 0) -> None:
+        self.setting = setting
+        self.layers = layers
+        self._grid: TokenGrid | None = None
+        self._planned: dict[Any, Planned] = {}
+
+    def begin(self, context: ForwardContext) -> None:
+        """Forget the lists of another grid."""
+        if context.layout is not None and context.layout.grid != self._grid:
+            self._grid = context.layout.grid
+            self._planned.clear()
+
+    def lookup(
+        self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
+    ) -> Planned | str:
+        """See `Planner.lookup`."""
+        # Layers share their lists unless each has a window of its own.
+        own = layer if isinstance(self.setting.window, Mapping) else None
+        key = own, layout.text, text, device, heads and (heads.start, heads.stop)
+        if key not in self._planned:
+            self._planned[key] = self.setting.plan(layer, layout, text, device, heads)
+        return self._planned[key]
+
+    def watches(self, layer: int) -> bool:
+        """Nothing to watch."""
+        return False
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+        """Never called."""
+        raise AssertionError("a window is not calibrated")

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from gen_accel.kernels.api import check_options
 from gen_accel.plan import AttentionPlan
-from gen_accel.planner import CalibratedPlanner
+from gen_accel.planner import CalibratedPlanner, Planner, WindowPlanner, WindowSetting
 from gen_accel.recorder import Measurement
 from gen_accel.schedule import Schedule
 
 
-@dataclass(eq=False, repr=False)
-class ParoProcessor:
-    """PAROAttention: an axis order per head and a static block mask (arXiv 2506.16054).
-
-    ``pipe.set_attn_processor(ParoProcessor())`` is all a user writes. Without a plan the processor
-    calibrates itself: the first steps run dense, and the last of them is watched for the order and
-    the blocks of every head. The rest of the run is sparse; later runs reuse the plan.
-
-    The calibration is our reconstruction: the authors published their kernels, not the code that
-    chooses orders and masks.
+@dataclass(eq=False, repr=False, kw_only=True)
+class Policy:
+    """What all policies share; use `ParoProcessor` or `GnaProcessor`.
 
     Args:
-        density: Share of the video-to-video blocks to keep, in (0, 1]. Text is always attended to.
-        plan: An `AttentionPlan` or the path of one; None calibrates during the run.
         dense_steps: First share of the denoising steps that stays dense.
         dense_last_steps: Last share of the steps that stays dense.
         dense_layers: Layers that stay dense; negative indices count from the last.
         min_tokens: Shorter sequences stay dense.
-        block: Tokens per block (16, 32, 64, 128); None picks by length.
-        reorder: False keeps raster order, for comparison.
-        criterion: How an order is chosen, ``"mass"`` or ``"paper"``.
-        rows_per_block: Query rows sampled per block when calibrating; None takes all.
         precision: Numbers the carrier computes in: ``"auto"`` (the model's), ``"fp32"``,
             ``"bf16"``, ``"fp16"``.
         impl: Carrier; ``"auto"`` picks the fastest that runs here.
@@ -43,16 +32,10 @@ class ParoProcessor:
             is set on a transformer directly, where the grid cannot be seen.
     """
 
-    density: float = 0.3
-    plan: AttentionPlan | str | os.PathLike[str] | None = None
     dense_steps: float = 0.2
     dense_last_steps: float = 0.0
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 4096
-    block: int | None = None
-    reorder: bool = True
-    criterion: str = "mass"
-    rows_per_block: int | None = 16
     precision: str = "auto"
     impl: str = "auto"
     grid: tuple[int, int, int] | None = None
@@ -65,11 +48,9 @@ class ParoProcessor:
     def __post_init__(self) -> None:
         self.dense_layers = tuple(self.dense_layers)
         self.schedule()
-        self.measurement()
+        check_options(self.precision, self.impl)
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ValueError(f"grid={self.grid}: give (frames, height, width), each at least 1")
-        if self.plan is not None and not isinstance(self.plan, (AttentionPlan, str, os.PathLike)):
-            raise TypeError(f"plan={self.plan!r}: give an AttentionPlan, a path, or None")
 
     def __repr__(self) -> str:
         changed = (
@@ -83,23 +64,22 @@ class ParoProcessor:
         """Which calls stay dense."""
         return Schedule(self.dense_steps, self.dense_last_steps, self.dense_layers, self.min_tokens)
 
-    def measurement(self) -> Measurement:
-        """How to calibrate."""
-        return Measurement(
-            self.density, self.block, self.reorder, self.criterion, self.rows_per_block
-        )
-
     def planner(
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
-    ) -> CalibratedPlanner:
-        """What decides for one transformer; arguments as `CalibratedPlanner`."""
-        return CalibratedPlanner(name, model, layers, self.schedule(), self.measurement(), plan)
+    ) -> Planner:
+        """What decides for one transformer.
+
+        Args:
+            name: Component name in the pipeline.
+            model: Model string, see `gen_accel.plan.ComponentPlan`.
+            layers: Number of attention modules.
+            plan: The policy's plan, loaded.
+        """
+        raise NotImplementedError
 
     def load_plan(self) -> AttentionPlan | None:
-        """The plan to execute, read from its file when it was given as a path."""
-        if self.plan is None or isinstance(self.plan, AttentionPlan):
-            return self.plan
-        return AttentionPlan.load(self.plan)
+        """The plan to execute, or None where there is none to load."""
+        return None
 
     def __call__(
         self,
@@ -115,7 +95,7 @@ class ParoProcessor:
         `gen_accel.apply` and ``pipe.set_attn_processor`` do not come here: they put one processor
         of the right family on each module. Here the module's family is found per call,
         cross-attention and token refiners go to their stock processor, and there is no view of the
-        denoising steps: a layer's first call is dense and calibrates, the next ones are sparse.
+        denoising steps: a layer that has to calibrate is dense in its first call.
         """
         from gen_accel.direct import DirectCalls
 
@@ -123,6 +103,116 @@ class ParoProcessor:
             self._direct = DirectCalls(self)
         rope = rotary_emb if rotary_emb is not None else image_rotary_emb
         return self._direct(attn, hidden_states, encoder_hidden_states, attention_mask, rope)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ParoProcessor(Policy):
+    """PAROAttention: an axis order per head and a static block mask (arXiv 2506.16054).
+
+    ``pipe.set_attn_processor(ParoProcessor())`` is all a user writes. Without a plan the processor
+    calibrates itself: the first steps run dense, and the last of them is watched for the order and
+    the blocks of every head. The rest of the run is sparse; later runs reuse the plan.
+
+    The calibration is our reconstruction: the authors published their kernels, not the code that
+    chooses orders and masks.
+
+    Args:
+        density: Share of the video-to-video blocks to keep, in (0, 1]. Text is always attended to.
+        plan: An `AttentionPlan` or the path of one; None calibrates during the run.
+        block: Tokens per block (16, 32, 64, 128); None picks by length.
+        reorder: False keeps raster order, for comparison.
+        criterion: How an order is chosen, ``"mass"`` or ``"paper"``.
+        rows_per_block: Query rows sampled per block when calibrating; None takes all.
+
+    The other arguments are those of `Policy`.
+    """
+
+    density: float = 0.3
+    plan: AttentionPlan | str | os.PathLike[str] | None = None
+    block: int | None = None
+    reorder: bool = True
+    criterion: str = "mass"
+    rows_per_block: int | None = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.measurement()
+        if self.plan is not None and not isinstance(self.plan, (AttentionPlan, str, os.PathLike)):
+            raise TypeError(f"plan={self.plan!r}: give an AttentionPlan, a path, or None")
+
+    def measurement(self) -> Measurement:
+        """How to calibrate."""
+        return Measurement(
+            self.density, self.block, self.reorder, self.criterion, self.rows_per_block
+        )
+
+    def planner(  # noqa: D102
+        self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
+    ) -> Planner:
+        return CalibratedPlanner(name, model, layers, self.schedule(), self.measurement(), plan)
+
+    def load_plan(self) -> AttentionPlan | None:
+        """The plan to execute, read from its file when it was given as a path."""
+        if self.plan is None or isinstance(self.plan, AttentionPlan):
+            return self.plan
+        return AttentionPlan.load(self.plan)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class GnaProcessor(Policy):
+    """Generalized neighborhood attention: a window on the token grid (arXiv 2504.16922).
+
+    Needs no calibration: the blocks follow from the geometry. Tokens are put into tiles, so that a
+    window is a box of whole blocks.
+
+    Args:
+        window: Keys per axis, as ``(frames, height, width)``, ``(height, width)`` for an image or
+            one number for all; ``-1`` is a whole axis. ``"auto"`` takes a perfectly block-sparse
+            window of the density. A sequence of `gen_accel.select.window.Window` gives each head
+            its own; a mapping from layer to any of these gives each layer its own, the others
+            being ``"auto"``.
+        stride: Queries per axis that share a window.
+        dilation: Distance of neighbouring keys per axis.
+        causal: No key after the query, per axis.
+        density: Share of the video keys to see where ``window`` is ``"auto"``.
+        tile: Tokens per tile, ``"auto"`` picks.
+        block: Places per tile; None takes the tile's volume.
+        border: ``"shift"``, GNA's rule, or ``"snap"``, which stays block-sparse on ragged grids and
+            is not GNA.
+
+    The other arguments are those of `Policy`.
+    """
+
+    window: Any = "auto"
+    stride: int | Sequence[int] = 1
+    dilation: int | Sequence[int] = 1
+    causal: bool | Sequence[bool] = False
+    density: float = 0.25
+    tile: str | Sequence[int] = "auto"
+    block: int | None = None
+    border: str = "shift"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density}: the kept share lies in (0, 1]")
+        if isinstance(self.window, str) and self.window != "auto":
+            raise ValueError(f"window={self.window!r}: give sizes per axis, Windows, or 'auto'")
+
+    def planner(  # noqa: D102
+        self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
+    ) -> Planner:
+        setting = WindowSetting(
+            self.window,
+            self.stride,
+            self.dilation,
+            self.causal,
+            self.density,
+            self.tile,
+            self.block,
+            self.border,
+        )
+        return WindowPlanner(setting, layers)
 
 
 def _add_pipeline_method() -> None:

@@ -98,8 +98,7 @@ def block_sparse_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: it must be finite; None means head_dim ** -0.5")
-    _check_name("precision", precision, _PRECISIONS)
-    _check_name("impl", impl, ("auto", *_CARRIERS))
+    check_options(precision, impl)
     if tail is not None:
         _check_name("tail", tail, _TAILS)
 
@@ -118,6 +117,12 @@ def choose(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, *, impl: str 
         ValueError: The named carrier cannot run this call.
     """
     return _choose(Call(q, k, v, blocks, q.shape[3] ** -0.5), impl)
+
+
+def check_options(precision: str, impl: str) -> None:
+    """Raise ValueError, naming the nearest, unless these are a precision and a carrier."""
+    _check_name("precision", precision, _PRECISIONS)
+    _check_name("impl", impl, ("auto", *_CARRIERS))
 
 
 def available() -> dict[str, str | None]:

@@ -167,7 +167,7 @@ def test_summary_tells_what_was_left_and_why():
     handle = apply(pipe, paro(density=0.25))
     tiny.run(pipe, **call)
     text = handle.summary()
-    assert "ParoProcessor(density=0.25, min_tokens=0, block=16)" in text
+    assert "ParoProcessor(min_tokens=0, density=0.25, block=16)" in text
     assert "4 attention modules accelerated" in text
     assert "left alone: 1 x token refiner" in text
     assert "sparse: 16 calls, density 0." in text and "carrier gather" in text
