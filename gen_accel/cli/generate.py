@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     options.add(parser, *options.OPTIONS)
     more = {"default": argparse.SUPPRESS}
     parser.add_argument("--output", metavar="DIR", help="folder (outputs/generate)", **more)
-    parser.add_argument("--processor", metavar="NAME", help="paro (default) or none", **more)
+    parser.add_argument(
+        "--processor", metavar="NAME", help="paro (default), gna or none", **more
+    )
     parser.add_argument("--plan", metavar="FILE", help="plan written by calibrate", **more)
     parser.add_argument("--save-plan", metavar="FILE", help="keep the plan the run made", **more)
     parser.add_argument("--fps", type=float, help="frames per second of the files (16)", **more)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     name = str(getattr(args, "processor", named))
     processor = shared.make_processor(name, settings, getattr(args, "plan", None))
     device = shared.device_of(args)
-    if processor is None and save_plan is not None:
+    if save_plan is not None and not hasattr(processor, "plan"):
         raise UsageError("--save-plan needs a processor that makes one; use --processor paro")
 
     pipe = shared.load_pipeline(args, device)
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if method != "dense":
             from gen_accel import apply
 
-            handle = apply(pipe, processor)  # type: ignore[arg-type]
+            handle = apply(pipe, processor)
         if getattr(args, "warmup", False):
             shared.generate(pipe, prompts[0], seed, call)
         results[method] = []

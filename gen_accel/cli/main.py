@@ -13,7 +13,7 @@ from gen_accel.cli.options import Parser, UsageError, dotted, nearest, resolve
 
 # A module per sub-command: add_parser(subparsers) and run(args) -> exit code. One with SECTIONS
 # takes --config and dotted overrides as well.
-COMMANDS = ("demo", "generate", "calibrate", "doctor", "bench", "world")
+COMMANDS = ("demo", "generate", "calibrate", "doctor", "bench", "simulate", "world")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,17 +9,30 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gen_accel
 from gen_accel.cli.options import CALL, UsageError, check_names, flag, nearest, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gen_accel.processors import ParoProcessor
+    from gen_accel.processors import Policy
 
-PROCESSORS = {"paro": "ParoProcessor"}
+# paro -> ParoProcessor
+PROCESSORS = {
+    name.removesuffix("Processor").lower(): name
+    for name in gen_accel.__all__
+    if name.endswith("Processor")
+}
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "float": ((int, float), "a number"),
+    "int": (int, "a whole number"),
+    "int | None": ((int, type(None)), "a whole number"),
+    "str": (str, "a name"),
+}
 
 
-def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> ParoProcessor | None:
+def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> Policy | None:
     """The processor ``--processor NAME`` with its dotted settings; None for ``none``."""
     if name == "none":
         if settings or plan is not None:
@@ -28,41 +41,37 @@ def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> Par
         return None
     if name not in PROCESSORS:
         raise UsageError(f"unknown processor {name!r}; {nearest(name, ['none', *PROCESSORS])}")
-    import gen_accel
-
     kind = getattr(gen_accel, PROCESSORS[name])
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     check_names(f"setting of --processor {name}:", settings, fields)
     for key, value in settings.items():
-        _check_type(f"processor.{key}", value, fields[key].default)
-    if "impl" in settings:
-        _check_carrier(settings["impl"])
+        _check_type(f"processor.{key}", value, str(fields[key].type))
     if plan is not None:
+        if "plan" not in fields:
+            raise UsageError(f"--plan {plan}: --processor {name} follows no plan; drop it")
         settings = {**settings, "plan": plan}
     processor = kind(**settings)
+    _check_carrier(processor.impl)
     processor.load_plan()  # a missing or damaged file is told before the model is loaded
     return processor
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """Values come from YAML, where ``0.2x`` is a string; the default tells what is meant."""
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
-    kind = type(default)
-    fits: Any = {float: (int, float), int: (int, type(None))}.get(kind, kind)
-    wrong = isinstance(value, bool) != (kind is bool) or not isinstance(value, fits)
-    if kind in expected and wrong:
-        raise UsageError(f"{name}={value!r}: expected {expected[kind]}")
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    """Values come from YAML, where ``0.2x`` is a string; simple fields say what they hold."""
+    if annotation not in _KINDS:
+        return
+    kind, expected = _KINDS[annotation]
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        raise UsageError(f"{name}={value!r}: expected {expected}")
 
 
 def _check_carrier(impl: str) -> None:
-    """Without this a carrier that cannot run is noticed after the dense steps."""
+    """Without this, a carrier that cannot run is noticed after the dense steps."""
     from gen_accel.kernels.api import available
 
-    carriers = available()
-    if impl != "auto":
-        check_names("carrier processor.impl =", [impl], ["auto", *carriers])
-        if carriers[impl] is not None:
-            raise UsageError(f"processor.impl={impl}: {carriers[impl]}; or use impl=auto")
+    reason = available().get(impl)
+    if reason is not None:
+        raise UsageError(f"processor.impl={impl}: {reason}; or use impl=auto")
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -102,6 +102,15 @@ def test_seed_and_dense_only(capsys, checkpoint, tmp_path):
     assert videos[0] == videos[1] != videos[2]
 
 
+def test_another_processor(capsys, checkpoint, tmp_path):
+    words = ("generate", f"--model={checkpoint}", "--prompt=x", "--processor=gna")
+    words += (f"--output={tmp_path}", "processor.window=[3, 3, 3]", "processor.tile=[1, 2, 2]")
+    assert run(capsys, *words, *SIZE, *SHORT, "processor.min_tokens=0")[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"][0]["method"] == "gna" and report["rows"][0]["density"] < 1
+    assert "window=[3, 3, 3]" in report["config"]["processor"]
+
+
 def test_an_image_pipeline_writes_png(capsys, image_checkpoint, tmp_path):
     words = ("generate", f"--model={image_checkpoint}", "--prompt=a cat", f"--output={tmp_path}")
     words += ("--height=128", "--width=192", "--num-inference-steps=2", *PARO)
@@ -211,7 +220,10 @@ def test_cuda_only_options_on_a_cpu_are_refused(capsys, checkpoint, tmp_path):
         (("processor.density=some",), "processor.density='some': expected a number"),
         (("processor.reorder=2",), "expected true or false"),
         (("processor.block=17",), "block=17"),
-        (("processor.impl=gathr",), "did you mean gather?"),
+        (("processor.impl=gathr",), "did you mean 'gather'?"),
+        (("--processor=gna", "processor.criterion=mass"), "unknown setting of --processor gna"),
+        (("--processor=gna", "--plan=x"), "follows no plan"),
+        (("--processor=gna", "--save-plan=p.safetensors"), "--save-plan needs a processor"),
         (("--processor=parro",), "did you mean paro?"),
         (("--processor=none", "processor.density=0.2"), "takes no settings"),
         (("--processor=none", "--save-plan=p.safetensors"), "--save-plan needs a processor"),
