@@ -151,4 +151,6 @@ def _indices(
     real = np.concatenate([coordinates[0] >= 0, np.ones(len(text), bool)])
     inverse = np.empty(before + grid.numel + after, np.int64)
     inverse[index[real]] = np.flatnonzero(real)
-    return torch.from_numpy(index).to(device), torch.from_numpy(inverse).to(device)
+    # Cached: made under inference_mode, they could never serve a call that needs a gradient.
+    with torch.inference_mode(False):
+        return torch.from_numpy(index).to(device), torch.from_numpy(inverse).to(device)

@@ -113,6 +113,15 @@ def test_padding_does_not_read_text():
     assert order.reorder(x, layout)[:, : order.places(GRID)].isfinite().all()
 
 
+def test_gradients_pass_also_after_a_call_in_inference_mode():
+    layout, order = TokenLayout(GRID, 2), TileOrder((3, 1, 4))
+    with torch.inference_mode():
+        order.reorder(torch.randn(1, layout.tokens, 1, 2), layout)
+    x = torch.randn(1, layout.tokens, 1, 2, requires_grad=True)
+    order.restore(order.reorder(x, layout) * 2, layout).sum().backward()
+    assert (x.grad == 2).all()
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"tile=\(0, 2, 2\): give \(frames, height, width\)"):
         TileOrder((0, 2, 2))
