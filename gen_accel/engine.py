@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gen_accel import natten
 from gen_accel.kernels.api import block_sparse_attention, choose
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
-from gen_accel.planner import Planned, Planner
+from gen_accel.planner import Planned, Planner, Windowed
 from gen_accel.schedule import Schedule
 
 log = logging.getLogger("gen_accel")
@@ -199,7 +200,7 @@ class Engine:
         if reason is None:
             text = layout.text_before + text_after
             planned = self.planner.lookup(layer, layout, text, q.device, heads)
-            if isinstance(planned, Planned):
+            if not isinstance(planned, str):
                 return self._sparse(q, k, v, layer, planned, layout)
             reason = planned
         self._count_dense(reason)
@@ -212,19 +213,34 @@ class Engine:
             return _dense_attention(q, k, v, backend)
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, planned: Planned, layout: TokenLayout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        planned: Planned | Windowed,
+        layout: TokenLayout,
     ) -> Tensor:
-        order, blocks, density = planned
         with self._clock("sparse", q):
-            q, k, v = (order.reorder(x, layout) for x in (q, k, v))
-            k, v = k[:, : blocks.kv_len], v[:, : blocks.kv_len]
-            if not self.stats.carrier:
-                self.stats.carrier = choose(q, k, v, blocks, impl=self.impl)
-            out = block_sparse_attention(q, k, v, blocks, precision=self.precision, impl=self.impl)
-            out = order.restore(out, layout)
+            if isinstance(planned, Windowed):
+                out = natten.run(q, k, v, planned.windows)
+                self.stats.carrier = "natten"
+            else:
+                out = self._block_sparse(q, k, v, planned, layout)
         self.stats.sparse += 1
-        self.stats.density[self.context.step, layer] = density
+        self.stats.density[self.context.step, layer] = planned.density
         return out
+
+    def _block_sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, planned: Planned, layout: TokenLayout
+    ) -> Tensor:
+        order, blocks, _ = planned
+        q, k, v = (order.reorder(x, layout) for x in (q, k, v))
+        k, v = k[:, : blocks.kv_len], v[:, : blocks.kv_len]
+        if not self.stats.carrier:
+            self.stats.carrier = choose(q, k, v, blocks, impl=self.impl)
+        out = block_sparse_attention(q, k, v, blocks, precision=self.precision, impl=self.impl)
+        return order.restore(out, layout)
 
     # -- book-keeping --------------------------------------------------------------------------
 

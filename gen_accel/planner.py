@@ -15,7 +15,7 @@ from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan, PlanError
 from gen_accel.recorder import Measurement, Recorder
 from gen_accel.schedule import Schedule
-from gen_accel.select.gna import gna_plan
+from gen_accel.select.gna import gna_plan, head_windows
 from gen_accel.select.suggest import fitting_tile, suggest
 from gen_accel.select.window import Window
 
@@ -49,6 +49,18 @@ class Planned(NamedTuple):
     density: float
 
 
+class Windowed(NamedTuple):
+    """What a library executes that takes windows themselves.
+
+    Attributes:
+        windows: The window of every head; one when they share it.
+        density: Kept share of all keys.
+    """
+
+    windows: list[Window]
+    density: float
+
+
 class Planner(Protocol):
     """Decides for one transformer; an `Engine` asks it and executes.
 
@@ -63,7 +75,7 @@ class Planner(Protocol):
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
-    ) -> Planned | str:
+    ) -> Planned | Windowed | str:
         """What to execute, or why the call has to be dense.
 
         Args:
@@ -252,6 +264,30 @@ class WindowSetting:
         heads: slice | None = None,
     ) -> Planned:
         """Order and block lists of one layer; arguments as `Planner.lookup`."""
+        grid, window, settings, tile = self._resolve(layer, layout, heads)
+        order, blocks = gna_plan(
+            grid,
+            window,
+            **settings,
+            tile=tile,
+            block=self.block,
+            border=self.border,
+            text=layout.text,
+            text_keys=text,
+            device=device,
+        )
+        return Planned(order, blocks, blocks.density())
+
+    def windows(self, layer: int, layout: TokenLayout, heads: slice | None = None) -> Windowed:
+        """The windows of one layer; arguments as `Planner.lookup`."""
+        grid, window, settings, _ = self._resolve(layer, layout, heads)
+        windows = head_windows(grid, window, **settings)
+        return Windowed(windows, sum(w.density for w in windows) / len(windows))
+
+    def _resolve(
+        self, layer: int, layout: TokenLayout, heads: slice | None
+    ) -> tuple[tuple[int, ...], Any, dict[str, Any], Any]:
+        """Grid, window, its other settings and the tile, as `gna_plan` takes them."""
         window: Any = self.window
         if isinstance(window, Mapping):
             window = window.get(layer, "auto")
@@ -273,18 +309,7 @@ class WindowSetting:
             window, settings = suggest(grid, self.density, tile, border=self.border)[0], {}
         elif per_head:
             window, settings = window[heads] if heads is not None else window, {}
-        order, blocks = gna_plan(
-            grid,
-            window,
-            **settings,
-            tile=tile,
-            block=self.block,
-            border=self.border,
-            text=layout.text,
-            text_keys=text,
-            device=device,
-        )
-        return Planned(order, blocks, blocks.density())
+        return grid, window, settings, tile
 
 
 def _axes(setting: Any) -> int:
@@ -300,13 +325,15 @@ class WindowPlanner:
     Args:
         setting: The window.
         layers: Number of attention modules.
+        lists: False hands out the windows themselves instead of block lists.
     """
 
-    def __init__(self, setting: WindowSetting, layers: int = 0) -> None:
+    def __init__(self, setting: WindowSetting, layers: int = 0, lists: bool = True) -> None:
         self.setting = setting
         self.layers = layers
+        self.lists = lists
         self._grid: TokenGrid | None = None
-        self._planned: dict[Any, Planned] = {}
+        self._planned: dict[Any, Planned | Windowed] = {}
 
     def begin(self, context: ForwardContext) -> None:
         """Forget the lists of another grid."""
@@ -316,13 +343,17 @@ class WindowPlanner:
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
-    ) -> Planned | str:
+    ) -> Planned | Windowed | str:
         """See `Planner.lookup`."""
         # Layers share their lists unless each has a window of its own.
         own = layer if isinstance(self.setting.window, Mapping) else None
         key = own, layout.text, text, device, heads and (heads.start, heads.stop)
         if key not in self._planned:
-            self._planned[key] = self.setting.plan(layer, layout, text, device, heads)
+            self._planned[key] = (
+                self.setting.plan(layer, layout, text, device, heads)
+                if self.lists
+                else self.setting.windows(layer, layout, heads)
+            )
         return self._planned[key]
 
     def watches(self, layer: int) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from gen_accel import natten
 from gen_accel.kernels.api import check_options
 from gen_accel.plan import AttentionPlan
 from gen_accel.planner import CalibratedPlanner, Planner, WindowPlanner, WindowSetting
@@ -39,6 +40,7 @@ class Policy:
     precision: str = "auto"
     impl: str = "auto"
     grid: tuple[int, int, int] | None = None
+    _libraries: ClassVar[tuple[str, ...]] = ()  # beside the carriers, what impl may name
     _direct: Any = field(default=None, init=False, repr=False)
 
     # diffusers writes these on whatever processor stands on a module; see FamilyProcessor.
@@ -48,7 +50,7 @@ class Policy:
     def __post_init__(self) -> None:
         self.dense_layers = tuple(self.dense_layers)
         self.schedule()
-        check_options(self.precision, self.impl)
+        check_options(self.precision, self.impl, self._libraries)
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ValueError(f"grid={self.grid}: give (frames, height, width), each at least 1")
 
@@ -179,9 +181,13 @@ class GnaProcessor(Policy):
         block: Places per tile; None takes the tile's volume.
         border: ``"shift"``, GNA's rule, or ``"snap"``, which stays block-sparse on ragged grids and
             is not GNA.
+        impl: Also ``"natten"``: NATTEN's kernels, where it is installed with them, for calls on
+            CUDA without text and with one window for all heads.
 
     The other arguments are those of `Policy`.
     """
+
+    _libraries = ("natten",)
 
     window: Any = "auto"
     stride: int | Sequence[int] = 1
@@ -198,6 +204,15 @@ class GnaProcessor(Policy):
             raise ValueError(f"density={self.density}: the kept share lies in (0, 1]")
         if isinstance(self.window, str) and self.window != "auto":
             raise ValueError(f"window={self.window!r}: give sizes per axis, Windows, or 'auto'")
+        if self.impl == "natten":
+            for name, given, only in (
+                ("precision", self.precision, "auto"),
+                ("border", self.border, "shift"),
+            ):
+                if given != only:
+                    raise ValueError(
+                        f"{name}={given!r}: NATTEN has {name}={only!r} only; use impl='auto'"
+                    )
 
     def planner(  # noqa: D102
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
@@ -212,7 +227,9 @@ class GnaProcessor(Policy):
             self.block,
             self.border,
         )
-        return WindowPlanner(setting, layers)
+        if self.impl == "natten" and (reason := natten.missing()):  # before the dense steps
+            raise ValueError(f"impl='natten': {reason}")
+        return WindowPlanner(setting, layers, lists=self.impl != "natten")
 
 
 def _add_pipeline_method() -> None:

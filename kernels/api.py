@@ -119,10 +119,13 @@ def choose(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, *, impl: str 
     return _choose(Call(q, k, v, blocks, q.shape[3] ** -0.5), impl)
 
 
-def check_options(precision: str, impl: str) -> None:
-    """Raise ValueError, naming the nearest, unless these are a precision and a carrier."""
+def check_options(precision: str, impl: str, more: Iterable[str] = ()) -> None:
+    """Raise ValueError, naming the nearest, unless these are a precision and a carrier.
+
+    ``more`` names what a caller can run beside the carriers.
+    """
     _check_name("precision", precision, _PRECISIONS)
-    _check_name("impl", impl, ("auto", *_CARRIERS))
+    _check_name("impl", impl, ("auto", *_CARRIERS, *more))
 
 
 def available() -> dict[str, str | None]:

@@ -74,7 +74,7 @@ def gna_plan(
     text_keys = text if text_keys is None else text_keys
     if not 0 <= text_keys <= text:
         raise ValueError(f"text_keys={text_keys}: between 0 and text={text}")
-    windows = _windows(grid, window, (stride, dilation, causal))
+    windows = head_windows(grid, window, stride, dilation, causal)
     video = TokenGrid(*windows[0].grid)
     shape = auto_tile(windows, block, border) if tile == "auto" else _shape(tile, len(grid))
     if border == "snap":
@@ -131,8 +131,18 @@ def auto_tile(
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _windows(grid: Sequence[int], window: Any, settings: tuple[Any, Any, Any]) -> list[Window]:
-    """The window of every head, on three axes; one window when the heads share it."""
+def head_windows(
+    grid: Sequence[int],
+    window: Any,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+) -> list[Window]:
+    """The window of every head, on three axes; one window when the heads share it.
+
+    Arguments and errors as `gna_plan`.
+    """
+    settings = (stride, dilation, causal)
     given = [window] if isinstance(window, Window) else window
     if not (isinstance(given, Sequence) and given and isinstance(given[0], Window)):
         given = [Window(tuple(grid), window, *settings)]
