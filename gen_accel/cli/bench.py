@@ -34,8 +34,13 @@ def add_parser(subparsers: Any) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", default="attention", choices=("attention",))
-    parser.add_argument("--tokens", type=_positive, default=8192, help="length of the sequence")
+    parser.add_argument("what", nargs="?", default="attention", choices=("attention", "gna"))
+    parser.add_argument(
+        "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
+    )
+    parser.add_argument(
+        "--grid", type=_sizes, default="8x32x36", metavar="FxHxW", help="video tokens (gna)"
+    )
     parser.add_argument("--heads", type=_positive, default=4, help="attention heads")
     parser.add_argument("--head-dims", type=_list(_positive), default=(64, 128), metavar="D,D")
     parser.add_argument("--dtypes", type=_list(_dtype), default=("fp32", "bf16"), metavar="T,T")
@@ -54,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each head size and dtype; 1 when a result was wrong."""
     import torch
 
+    from gen_accel.cli.bench_gna import GnaBench
     from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows
 
+    kind = GnaBench if args.what == "gna" else _Bench
     if args.out:
         check_writable(Path(args.out).parent)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         for dim in args.head_dims:
             for dtype in args.dtypes:
                 with torch.no_grad():
-                    bench = _Bench(args, dim, dtype)
+                    bench = kind(args, dim, dtype)
                     bench.time()
                 print(bench.table(), flush=True)
                 good &= not bench.wrong
@@ -82,12 +89,16 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way of computing the call; ``blocks`` is None for the dense ones."""
+    """One way of computing the call; ``blocks`` is None for the dense ones.
+
+    The result of an ``ordered`` one still has its tokens in the head's order.
+    """
 
     name: str
     run: Callable[[], Tensor]
     mask: str = ""
     blocks: Blocks | None = None
+    ordered: bool = False
 
     @property
     def key(self) -> str:
@@ -96,6 +107,8 @@ class _Candidate:
 
 class _Bench:
     """All candidates for one head size and dtype."""
+
+    kind = "attention"
 
     def __init__(self, args: argparse.Namespace, dim: int, dtype: str) -> None:
         import torch
@@ -139,21 +152,17 @@ class _Bench:
         right = {c.key: c.run for c in self.candidates if c.key not in self.wrong}
         self.timings = measure(right, self.args.repeats, warmup=1, device=self.args.device)
 
-    def _candidates(self) -> list[_Candidate]:
+    def _dense(self) -> list[_Candidate]:
         import torch.nn.functional as F
 
         from gen_accel.kernels.api import block_sparse_attention
 
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
 
-        def whole(blocks: Blocks) -> Tensor:
-            q, k, v = (self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v))
-            return self.order.restore(block_sparse_attention(q, k, v, blocks), self.layout)
-
         # A model's tensors have the heads behind the tokens; SDPA sees them through a view.
         q1, k1, v1 = (x.contiguous() for x in (q, k, v))
-        plain, ordered = (self.q, self.k, self.v), self.ordered
-        found = [
+        plain = (self.q, self.k, self.v)
+        return [
             _Candidate(_SDPA, lambda: F.scaled_dot_product_attention(q, k, v).transpose(1, 2)),
             _Candidate(
                 "SDPA, heads first in memory",
@@ -166,11 +175,20 @@ class _Bench:
                 lambda: block_sparse_attention(*plain, return_lse=True)[0],
             ),
         ]
+
+    def _candidates(self) -> list[_Candidate]:
+        from gen_accel.kernels.api import block_sparse_attention
+
+        def whole(blocks: Blocks) -> Tensor:
+            q, k, v = (self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v))
+            return self.order.restore(block_sparse_attention(q, k, v, blocks), self.layout)
+
+        found = self._dense()
         for mask, blocks in self.masks.items():
-            kernel = partial(block_sparse_attention, *ordered, blocks)
+            kernel = partial(block_sparse_attention, *self.ordered, blocks)
             if self.no_flex is None:
-                found.append(_Candidate(_FLEX, partial(kernel, impl="flex"), mask, blocks))
-            found.append(_Candidate("kernel", kernel, mask, blocks))
+                found.append(_Candidate(_FLEX, partial(kernel, impl="flex"), mask, blocks, True))
+            found.append(_Candidate("kernel", kernel, mask, blocks, True))
             found.append(_Candidate("whole call", partial(whole, blocks), mask, blocks))
         return found
 
@@ -178,30 +196,27 @@ class _Bench:
         """Against the definition; SDPA's own error in this dtype says how near is right."""
         import torch
 
-        from gen_accel.kernels.api import block_sparse_attention
-
-        def exact(tensors: Sequence[Tensor], blocks: Blocks | None) -> Tensor:
-            wide = (x.float() for x in tensors)
-            return block_sparse_attention(*wide, blocks, impl="reference")
-
         def error(out: Tensor, right: Tensor) -> float:
             # Relative to the largest value: a sparse result averages fewer values, so is larger.
             return float((out.float() - right).abs().max() / right.abs().max())
 
-        plain = (self.q, self.k, self.v)
-        answers: dict[str, Tensor] = {"": exact(plain, None)}
+        answers = {"": _exact((self.q, self.k, self.v))}
         yardstick = error(self.candidates[0].run(), answers[""])
         allowed = 4 * yardstick + torch.finfo(self.q.dtype).eps
         for candidate in self.candidates:
             if candidate.mask not in answers:
                 answers = {"": answers[""]}
-                answers[candidate.mask] = exact(self.ordered, candidate.blocks)
-            right = answers[candidate.mask]
-            if candidate.name == "whole call":
-                right = self.order.restore(right, self.layout)
-            found = error(candidate.run(), right)
+                answers[candidate.mask] = self._right(candidate)
+            out = candidate.run()
+            if candidate.ordered:
+                out = self.order.restore(out, self.layout)
+            found = error(out, answers[candidate.mask])
             if not found <= allowed:  # NaN is wrong too
                 self.wrong[candidate.key] = f"error {found:.1e}, allowed {allowed:.1e}"
+
+    def _right(self, candidate: _Candidate) -> Tensor:
+        """What all candidates of this mask have to give, in the model's order."""
+        return self.order.restore(_exact(self.ordered, candidate.blocks), self.layout)
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -258,7 +273,7 @@ class _Bench:
             spread = [1e3 * x for x in timing.spread]
             rows.append(
                 result_row(
-                    "attention",
+                    self.kind,
                     c.name,
                     1e3 * timing.median,
                     "ms",
@@ -271,7 +286,7 @@ class _Bench:
                 if other is not None and other is not timing:
                     rows.append(
                         result_row(
-                            "attention speed-up",
+                            f"{self.kind} speed-up",
                             c.name,
                             timing.speedup_over(other),
                             "x",
@@ -291,6 +306,13 @@ class _Bench:
             "fastest dense": min(dense, key=lambda t: t.median, default=None),
             _FLEX: flex or None,
         }
+
+
+def _exact(tensors: Sequence[Tensor], blocks: Blocks | None = None) -> Tensor:
+    """By the definition, in fp32."""
+    from gen_accel.kernels.api import block_sparse_attention
+
+    return block_sparse_attention(*(x.float() for x in tensors), blocks, impl="reference")
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -348,6 +370,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive whole number")
     return int(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(_positive, text.split("x")))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} must be frames x height x width, as 8x32x36")
+    return sizes
 
 
 def _dtype(text: str) -> str:

@@ -1,0 +1,80 @@
+"""``gen-accel bench gna``: a window on block edges beside the same window at stride 1."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from gen_accel.cli.bench import _DTYPES, _FLEX, _Bench, _Candidate, _exact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GnaBench(_Bench):
+    """Whole calls: q, k and v into tiles, the carrier, the result back.
+
+    For each density the best window of `suggest`, which no block sees in part, then its keys with a
+    window of its own for each query: partial blocks, which are masked.
+    """
+
+    kind = "gna"
+
+    def __init__(self, args: argparse.Namespace, dim: int, dtype: str) -> None:
+        import torch
+
+        from gen_accel.kernels.api import available
+        from gen_accel.layout import TokenGrid, TokenLayout
+        from gen_accel.select.gna import gna_plan
+        from gen_accel.select.suggest import fitting_tile, suggest
+        from gen_accel.select.window import Window
+
+        self.layout = TokenLayout(TokenGrid(*args.grid))
+        tile = fitting_tile(args.grid, args.block)
+        sizes = {"tokens": self.layout.tokens, "block": math.prod(tile)}
+        self.args = argparse.Namespace(**{**vars(args), **sizes})
+        self.dim, self.dtype = dim, dtype
+        generator = torch.Generator().manual_seed(args.seed)
+        shape = (1, self.layout.tokens, args.heads, dim)
+        self.q, self.k, self.v = (
+            torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
+            for _ in range(3)
+        )
+        self.plans = {}
+        for density in args.densities:
+            sparse = suggest(args.grid, density, tile)[0]
+            for window in (sparse, Window(sparse.grid, sparse.size)):
+                name = f"window {_times(window.size)}, stride {_times(window.stride)}"
+                self.plans[name] = gna_plan(args.grid, window, tile=tile, device=args.device)
+        self.no_flex = available()["flex"]
+        self.wrong, self.timings = {}, {}
+        self.candidates = self._candidates()
+
+    def _whole(self, mask: str, attend: Callable[..., Tensor]) -> Tensor:
+        order, blocks = self.plans[mask]
+        q, k, v = (order.reorder(x, self.layout) for x in (self.q, self.k, self.v))
+        return order.restore(attend((q, k, v), blocks), self.layout)
+
+    def _candidates(self) -> list[_Candidate]:
+        from gen_accel.kernels.api import block_sparse_attention
+
+        def carrier(impl: str) -> Callable[..., Tensor]:
+            return lambda tensors, blocks: block_sparse_attention(*tensors, blocks, impl=impl)
+
+        ways = {_FLEX: carrier("flex")} if self.no_flex is None else {}
+        ways["whole call"] = carrier("auto")
+        return self._dense() + [
+            _Candidate(name, partial(self._whole, mask, attend), mask, blocks)
+            for mask, (_, blocks) in self.plans.items()
+            for name, attend in ways.items()
+        ]
+
+    def _right(self, candidate: _Candidate) -> Tensor:
+        return self._whole(candidate.mask, _exact)
+
+
+def _times(sizes: Any) -> str:
+    return "x".join(map(str, sizes))
