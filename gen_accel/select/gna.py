@@ -142,7 +142,7 @@ def head_windows(
 
     Arguments and errors as `gna_plan`.
     """
-    settings = (stride, dilation, causal)
+    settings: tuple[Any, Any, Any] = (stride, dilation, causal)
     given = [window] if isinstance(window, Window) else window
     if not (isinstance(given, Sequence) and given and isinstance(given[0], Window)):
         given = [Window(tuple(grid), window, *settings)]
