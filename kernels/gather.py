@@ -151,37 +151,35 @@ class _Group(NamedTuple):
 def _groups(blocks: Blocks, batch: int, heads: int, safe: list[bool]) -> Iterator[_Group]:
     num_q, num_kv = blocks.num_q_blocks, blocks.num_kv_blocks
     cut = num_kv - 1 if blocks.kv_len % blocks.block_kv else -1
-    full = _lists(blocks.full_kv_num_blocks, blocks.full_kv_indices, batch, heads)
-    partial = _lists(blocks.kv_num_blocks, blocks.kv_indices, batch, heads)
-    partial = partial or [full[0][:0]] * len(full)
+    full, full_counts = _rows(blocks.full_kv_indices, blocks.full_kv_num_blocks, batch, heads)
+    partial, partial_counts = full[:, :0], [0] * len(full)
+    if blocks.kv_indices is not None and blocks.kv_num_blocks is not None:
+        partial, partial_counts = _rows(blocks.kv_indices, blocks.kv_num_blocks, batch, heads)
 
     rows_of: dict[tuple, list[int]] = defaultdict(list)
-    for row in range(len(full)):
-        if partial[row].size + full[row].size:
-            rows_of[row // num_q, partial[row].tobytes(), full[row].tobytes()].append(row)
+    for row, (n, m) in enumerate(zip(partial_counts, full_counts)):
+        if n + m:
+            lists = partial[row, :n].tobytes(), full[row, :m].tobytes()
+            rows_of[row // num_q, n, m, lists].append(row)
 
     alike: dict[tuple, list[list[int]]] = defaultdict(list)
-    for (head, *_), rows in rows_of.items():
-        first = rows[0]
-        ragged = full[first].size > 0 and full[first][-1] == cut
+    for (head, n, m, _), rows in rows_of.items():
+        ragged = m > 0 and full[rows[0], m - 1] == cut
         for i in range(0, len(rows), _ROWS_PER_LIST):
             shared = rows[i : i + _ROWS_PER_LIST]
-            key = len(shared), partial[first].size, full[first].size, ragged, safe[head]
-            alike[key].append(shared)
+            alike[len(shared), n, m, ragged, safe[head]].append(shared)
 
-    for (_, num_partial, _, ragged, is_safe), entries in alike.items():
+    for (_, n, m, ragged, is_safe), entries in alike.items():
         found = np.array(entries, np.int64)
-        columns = np.stack([np.concatenate((partial[r], full[r])) for r in found[:, 0]])
-        yield _Group(found, columns + found[:, :1] // num_q * num_kv, num_partial, ragged, is_safe)
+        first = found[:, 0]
+        columns = np.concatenate((partial[first, :n], full[first, :m]), axis=1)
+        yield _Group(found, columns + first[:, None] // num_q * num_kv, n, ragged, is_safe)
 
 
-def _lists(counts: Tensor | None, lists: Tensor | None, batch: int, heads: int) -> list[np.ndarray]:
-    """The list of every row, without its padding."""
-    if counts is None or lists is None:
-        return []
+def _rows(lists: Tensor, counts: Tensor, batch: int, heads: int) -> tuple[np.ndarray, list[int]]:
+    """Lists ``[rows, width]`` and counts of all rows."""
     padded = lists.expand(batch, heads, -1, -1).flatten(0, 2).cpu().numpy()
-    lengths = counts.expand(batch, heads, -1).flatten().tolist()
-    return [row[:length] for row, length in zip(padded, lengths)]
+    return padded, counts.expand(batch, heads, -1).flatten().tolist()
 
 
 # ---- the arithmetic ------------------------------------------------------------------------------
