@@ -6,7 +6,7 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq $(PIP_ARGS) -c constraints.txt
 SOURCES := gen_accel kernels pipelines eval tools tests
 
 .DEFAULT_GOAL := help
