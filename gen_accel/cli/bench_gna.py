@@ -18,7 +18,8 @@ class GnaBench(_Bench):
     """Whole calls: q, k and v into tiles, the carrier, the result back.
 
     For each density the best window of `suggest`, which no block sees in part, then its keys with a
-    window of its own for each query: partial blocks, which are masked.
+    window of its own for each query: partial blocks, which are masked; in the same tiles, and in
+    those a plan picks for them.
     """
 
     kind = "gna"
@@ -46,9 +47,12 @@ class GnaBench(_Bench):
         self.plans = {}
         for density in args.densities:
             sparse = suggest(args.grid, density, tile)[0]
-            for window in (sparse, Window(sparse.grid, sparse.size)):
-                name = f"window {_times(window.size)}, stride {_times(window.stride)}"
-                self.plans[name] = gna_plan(args.grid, window, tile=tile, device=args.device)
+            single = Window(sparse.grid, sparse.size)
+            for window, shape in ((sparse, tile), (single, tile), (single, "auto")):
+                plan = gna_plan(args.grid, window, tile=shape, device=args.device)
+                settings = (window.size, window.stride, plan[0].tile)
+                name = "window {}, stride {}, tile {}".format(*map(_times, settings))
+                self.plans[name] = plan
         self.no_flex = available()["flex"]
         self.wrong, self.timings = {}, {}
         self.candidates = self._candidates()

@@ -24,10 +24,11 @@ def test_the_window_and_its_stride_1_twin(capsys, tmp_path):
     rows = read_rows(path)
     assert {row["kind"] for row in rows} == {"gna", "gna speed-up"}
     ours = [r for r in rows if r["name"] == "whole call" and r["unit"] == "ms"]
-    assert len(ours) == 2 * 2 and all(r["shape"] == [1, 512, 2, 16] for r in ours)
-    sparse, single = (r["config"] for r in ours[:2])
-    size = sparse["mask"].split(",")[0]
-    assert single["mask"].split(",") == [size, " stride 1x1x1"] != sparse["mask"].split(",")
+    assert len(ours) == 2 * 3 and all(r["shape"] == [1, 512, 2, 16] for r in ours)
+    sparse, single, fitted = (r["config"] for r in ours[:3])
+    size, stride, tile = sparse["mask"].split(", ")
+    assert single["mask"].split(", ") == [size, "stride 1x1x1", tile] and stride != "stride 1x1x1"
+    assert fitted["mask"].startswith(f"{size}, stride 1x1x1, ") and tile not in fitted["mask"]
     # On block edges the blocks visited are the keys seen; at stride 1 they are more.
     assert sparse["density"] == pytest.approx(0.25) and single["density"] > 0.25
 
