@@ -48,8 +48,8 @@ class GnaBench(_Bench):
         for density in args.densities:
             sparse = suggest(args.grid, density, tile)[0]
             single = Window(sparse.grid, sparse.size)
-            for window, shape in ((sparse, tile), (single, tile), (single, "auto")):
-                plan = gna_plan(args.grid, window, tile=shape, device=args.device)
+            for window, tiles in ((sparse, tile), (single, tile), (single, "auto")):
+                plan = gna_plan(args.grid, window, tile=tiles, device=args.device)
                 settings = (window.size, window.stride, plan[0].tile)
                 name = "window {}, stride {}, tile {}".format(*map(_times, settings))
                 self.plans[name] = plan
