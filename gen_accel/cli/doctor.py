@@ -10,7 +10,8 @@ from typing import Any
 
 PACKAGES = (
     "gen-accel", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors",
-    "numpy", "opencv-python-headless", "imageio", "imageio-ffmpeg", "peft", "sageattention", "natten",
+    "numpy", "opencv-python-headless", "imageio", "imageio-ffmpeg", "peft", "sageattention",
+    "natten",
 )  # fmt: skip
 
 
