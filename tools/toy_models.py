@@ -36,7 +36,6 @@ from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -148,13 +147,17 @@ def t5_encoder(vocab: int, cls=T5EncoderModel, config=T5Config) -> Any:
 
 
 @torch.no_grad()
-def silent_clip(dim: int = 8) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """A CLIP tokenizer and encoder whose pooled vector is always zero."""
+def silent_clip(dim: int = 8) -> tuple[PreTrainedTokenizerFast, CLIPTextModel]:
+    """A tokenizer that hears nothing and a CLIP encoder whose pooled vector is always zero."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer(
-        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=77
+    words = Tokenizer(models.WordLevel({"<start>": 0, "<end>": 1}, unk_token="<end>"))
+    words.normalizer = normalizers.Replace(Regex("[\\s\\S]+"), "")
+    words.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[\\s\\S]+"), "")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<end>", eos_token="<end>", model_max_length=77
+    )
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=2, hidden_size=dim, intermediate_size=8, num_attention_heads=1,

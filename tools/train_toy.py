@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import os
 import time
 from pathlib import Path
@@ -126,6 +127,19 @@ def export(pipe, ema: dict[str, torch.Tensor], folder: Path) -> None:
     pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(folder)
     pipe.transformer = live
+    portable(folder)
+
+
+def portable(folder: Path) -> None:
+    """Writes the names transformers 4 knows beside those of transformers 5, which reads both."""
+    for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
+        text = file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        file.write_text(text)
+    for file in folder.glob("text_encoder*/config.json"):
+        config = json.loads(file.read_text())
+        if "rope_parameters" in config:
+            config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
