@@ -72,6 +72,11 @@ def toy_name(pipe: DiffusionPipeline) -> str:
     raise ValueError(f"{type(pipe).__name__}: the toys are {[t.pipeline for t in TOYS.values()]}")
 
 
+def trained_toys() -> list[str]:
+    """Names of the toys whose weights this clone holds; none when installed from the wheel."""
+    return [n for n in TOYS if (MODELS / f"toy-{n}" / "model_index.json").is_file()]
+
+
 def load_toy(name: str, folder: str | Path | None = None, **kwargs: Any) -> DiffusionPipeline:
     """Loads a trained toy pipeline.
 
@@ -93,7 +98,8 @@ def load_toy(name: str, folder: str | Path | None = None, **kwargs: Any) -> Diff
     path = Path(folder) if folder is not None else MODELS / f"toy-{name}"
     if not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{path}: no model there; the wheel has none: clone the repository or pass folder="
+            f"{path}: no model there; a clone has {trained_toys()}, the wheel none: train it "
+            f"(tools/train_toy.py) or pass folder="
         )
     pipeline = getattr(importlib.import_module("diffusers"), toy.pipeline)
     pipe = pipeline.from_pretrained(path, **kwargs)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from gen_accel.eval.toys import MODELS, TOYS, encode_text, load_toy, to_latents, toy_call, velocity
+from gen_accel.eval.toys import (
+    MODELS,
+    TOYS,
+    encode_text,
+    load_toy,
+    to_latents,
+    toy_call,
+    trained_toys,
+    velocity,
+)
 from gen_accel.eval.world import gate
 from gen_accel.eval.world.render import render
 from gen_accel.eval.world.scene import sample_scene
@@ -18,7 +27,7 @@ import train_toy  # noqa: E402
 
 PROMPT = "a red circle with a shadow moving right"
 NAMES = sorted(TOYS)
-SHIPPED = [n for n in NAMES if (MODELS / f"toy-{n}" / "model_index.json").is_file()]
+SHIPPED = trained_toys()
 
 
 @pytest.fixture(scope="module", params=NAMES)
