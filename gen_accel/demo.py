@@ -133,7 +133,8 @@ def _attention_pictures(
     plan = handle.plan
     if plan is None:
         return {}
-    layer, watcher = 0, _QueriesAndKeys()
+    # Its heads are wide in time, which raster order has slowest: there is most to see.
+    layer, watcher = 1, _QueriesAndKeys()
     with apply(pipe, ParoProcessor(dense_steps=1.0, min_tokens=0)) as watch:
         watch.components[0].engine.planner = watcher
         _render(pipe, settings, "warm-up", num_inference_steps=1, output_type="latent")
