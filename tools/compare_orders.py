@@ -56,7 +56,7 @@ class Capture:
                 if engine.context.step % self.every == 0:
                     self.observe(layer, q, k, layout)
 
-            engine.planner.observe = observe
+            engine.planner.watches, engine.planner.observe = (lambda layer: True), observe
             for number, prompt in enumerate(prompts):
                 generator = torch.Generator().manual_seed(seed + number)
                 pipe(prompt=prompt, generator=generator, output_type="latent", **call)
