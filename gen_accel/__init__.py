@@ -30,7 +30,7 @@ _EXPORTS = {
     "TokenGrid": "gen_accel.layout",
     "apply": "gen_accel.install",
     "block_sparse_attention": "gen_accel.kernels.api",
-    "calibrate": "gen_accel.calibrate",
+    "calibrate": "gen_accel.calibration",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -3,7 +3,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from gen_accel import AttentionPlan, ParoProcessor, apply, calibrate
-from gen_accel.calibrate import step_groups
+from gen_accel.calibration import step_groups
 from helpers import tiny
 
 STEPS = 10

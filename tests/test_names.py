@@ -25,3 +25,9 @@ def test_the_import_is_light():
     code = "import gen_accel, sys; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_names_are_not_hidden_by_modules():
+    code = "import gen_accel.calibration, gen_accel.plan; from gen_accel import calibrate; calibrate([])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "missing 1 required positional argument" in out.stderr

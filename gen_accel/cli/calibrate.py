@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from gen_accel.calibrate import calibrate
+    from gen_accel.calibration import calibrate
 
     pipe = shared.load_pipeline(args, device)
     call = shared.call_arguments(args, pipe)
