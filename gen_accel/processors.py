@@ -201,7 +201,9 @@ class GnaProcessor(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density}: the kept share lies in (0, 1]")
+            raise ValueError(
+                f"density={self.density}: the kept share lies in (0, 1]; 0.25 keeps a quarter"
+            )
         if isinstance(self.window, str) and self.window != "auto":
             raise ValueError(f"window={self.window!r}: give sizes per axis, Windows, or 'auto'")
         if self.impl == "natten":
@@ -217,16 +219,7 @@ class GnaProcessor(Policy):
     def planner(  # noqa: D102
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
     ) -> Planner:
-        setting = WindowSetting(
-            self.window,
-            self.stride,
-            self.dilation,
-            self.causal,
-            self.density,
-            self.tile,
-            self.block,
-            self.border,
-        )
+        setting = WindowSetting(**{f.name: getattr(self, f.name) for f in fields(WindowSetting)})
         if self.impl == "natten" and (reason := natten.missing()):  # before the dense steps
             raise ValueError(f"impl='natten': {reason}")
         return WindowPlanner(setting, layers, lists=self.impl != "natten")
