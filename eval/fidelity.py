@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.eval.metric import Metric
+
 PSNR_CAP = 100.0
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
@@ -150,3 +152,21 @@ def _double(value: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         else:
             raise ValueError(f"dtype {tensor.dtype}: expected uint8 or a float dtype")
     return converted[0], converted[1].to(converted[0].device)
+
+
+METRICS = (
+    Metric(
+        "psnr",
+        psnr,
+        "dB",
+        "higher",
+        "10 log10(1 / MSE) of each frame, at most 100 dB, mean over frames",
+    ),
+    Metric(
+        "ssim",
+        ssim,
+        "",
+        "higher",
+        "structural similarity, Gaussian window 11x11 within the frame, mean over frames",
+    ),
+)
