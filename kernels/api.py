@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import RULES, Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.tail import Pooled, Rectified, Tail, block_scores, pool_keys, rectify
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,14 @@ _PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_TAILS = ("drop",)
+_TAILS = ("drop", "rectified", "joint")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *, return_lse: Literal[True],
-    scale: float | None = ..., precision: str = ..., tail: str | None = ..., impl: str = ...,
+    scale: float | None = ..., precision: str = ..., tail: str | Tail | None = ..., impl: str = ...,
     check_finite: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -48,7 +49,7 @@ def block_sparse_attention(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *,
     return_lse: Literal[False] = ..., scale: float | None = ..., precision: str = ...,
-    tail: str | None = ..., impl: str = ..., check_finite: bool = ...,
+    tail: str | Tail | None = ..., impl: str = ..., check_finite: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     precision: str = "auto",
-    tail: str | None = None,
+    tail: str | Tail | None = None,
     impl: str = "auto",
     return_lse: bool = False,
     check_finite: bool = False,
@@ -78,15 +79,18 @@ def block_sparse_attention(
         scale: Factor of the scores; None means ``head_dim ** -0.5``.
         precision: ``"auto"`` (at least as exact as the inputs' dtype), or the dtype to compute in:
             ``"fp32"``, ``"bf16"``, ``"fp16"``. The result has the inputs' dtype in any case.
-        tail: What stands in for the blocks that are not visible: None or ``"drop"``, nothing.
+        tail: What stands in for the blocks that are not visible: None or ``"drop"``, nothing;
+            ``"joint"``, their mean keys and values; ``"rectified"``, a ratio and a shift per query
+            block; or a `Pooled` or `Rectified` of your own, which is how to leave padding out or to
+            keep text from being pooled.
         impl: ``"auto"``, or a carrier of `available`. A named carrier never falls back.
         return_lse: Also return the log-sum-exp.
         check_finite: Raise when q, k or v hold a NaN or an infinity (one pass over them).
 
     Returns:
         out ``[batch, q_tokens, heads, head_dim]``; with ``return_lse`` also the natural log-sum-exp
-        of the scaled scores, fp32 ``[batch, heads, q_tokens]``. A query without a visible key has
-        out = 0 and lse = -inf.
+        of the scaled scores, fp32 ``[batch, heads, q_tokens]``, stand-ins of a joint tail included.
+        A query without a visible key has out = 0 and lse = -inf.
 
     Raises:
         ValueError: An argument is out of range, or the named carrier cannot run this call.
@@ -99,14 +103,13 @@ def block_sparse_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: it must be finite; None means head_dim ** -0.5")
     check_options(precision, impl)
-    if tail is not None:
-        _check_name("tail", tail, _TAILS)
+    stand_in = _tail(tail, q, k, v, blocks, scale)
 
     options = (scale, precision, impl, return_lse, check_finite)
     if torch.compiler.is_compiling():
-        out, lse = _opaque(q, k, v, *_flatten(blocks), *options)
+        out, lse = _opaque(q, k, v, *_flatten(blocks), *_flatten_tail(stand_in), *options)
     else:
-        out, lse = _run(q, k, v, blocks, *options)
+        out, lse = _run(q, k, v, blocks, stand_in, *options)
     return (out, lse) if return_lse else out
 
 
@@ -138,6 +141,7 @@ def _run(
     k: Tensor,
     v: Tensor,
     blocks: Blocks | None,
+    tail: Tail | None,
     scale: float,
     precision: str,
     impl: str,
@@ -146,7 +150,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     if check_finite:
         _check_finite(q=q, k=k, v=v)
-    call = Call(q, k, v, blocks, scale, _PRECISIONS[precision], return_lse)
+    call = Call(q, k, v, blocks, scale, _PRECISIONS[precision], return_lse, tail)
     name = _choose(call, impl)
     if impl == "auto":
         _announce(name, q.device.type)
@@ -190,6 +194,23 @@ def _unflatten(lists: list[Tensor], sizes: list[int]) -> Blocks | None:
     return Blocks(*full, *sizes[:4], *(partial or (None, None)), RULES[rule] if rule else None)
 
 
+def _flatten_tail(tail: Tail | None) -> tuple[list[Tensor], int]:
+    if tail is None:
+        return [], 0
+    if isinstance(tail, Rectified):
+        return [tail.ratio, tail.shift], 0
+    pools = [tail.key, tail.value, tail.bias]
+    return pools if tail.variance is None else [*pools, tail.variance], tail.per_block
+
+
+def _unflatten_tail(pools: list[Tensor], per_block: int) -> Tail | None:
+    if not pools:
+        return None
+    if per_block == 0:
+        return Rectified(*pools)
+    return Pooled(*pools[:3], per_block, *pools[3:])
+
+
 @torch.library.custom_op("gen_accel::block_sparse_attention", mutates_args=())
 def _opaque(
     q: Tensor,
@@ -197,20 +218,22 @@ def _opaque(
     v: Tensor,
     lists: list[Tensor],
     sizes: list[int],
+    pools: list[Tensor],
+    per_block: int,
     scale: float,
     precision: str,
     impl: str,
     return_lse: bool,
     check_finite: bool,
 ) -> tuple[Tensor, Tensor]:
-    blocks = _unflatten(lists, sizes)
-    out, lse = _run(q, k, v, blocks, scale, precision, impl, return_lse, check_finite)
+    blocks, tail = _unflatten(lists, sizes), _unflatten_tail(pools, per_block)
+    out, lse = _run(q, k, v, blocks, tail, scale, precision, impl, return_lse, check_finite)
     empty = q.new_empty(0, dtype=torch.float32)
     return out.contiguous(), empty if lse is None else lse
 
 
 @_opaque.register_fake
-def _(q, k, v, lists, sizes, scale, precision, impl, return_lse, check_finite):
+def _(q, k, v, lists, sizes, pools, per_block, scale, precision, impl, return_lse, check_finite):
     batch, tokens, heads, _ = q.shape
     lse_shape = (batch, heads, tokens) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
@@ -269,6 +292,53 @@ def _check_blocks(blocks: Blocks, q: Tensor, k: Tensor) -> None:
             raise ValueError(
                 f"blocks are on {lists.device}, q on {q.device}: use blocks.to(q.device)"
             )
+
+
+def _tail(
+    tail: str | Tail | None, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, scale: float
+) -> Tail | None:
+    """The tail's tensors, checked; None where nothing is hidden or nothing stands in."""
+    if isinstance(tail, (Pooled, Rectified)):
+        if blocks is None:
+            raise ValueError(
+                "a tail stands in for hidden blocks, and without blocks none is hidden"
+            )
+        _check_tail(tail, q, k, blocks)
+        return tail
+    if tail is not None:
+        _check_name("tail", tail, _TAILS)
+    if blocks is None or tail is None or tail == "drop":
+        return None
+    if tail == "joint":
+        return pool_keys(k, v, blocks.block_kv)
+    sizes = (blocks.block_q, blocks.block_kv)
+    scores = block_scores(q, k, *sizes, pooled=k.shape[1], scale=scale)
+    return rectify(v, blocks, scores, pooled=k.shape[1])
+
+
+def _check_tail(tail: Tail, q: Tensor, k: Tensor, blocks: Blocks) -> None:
+    batch, _, heads, dim = q.shape
+    expected: dict[str, tuple[int, ...]]
+    if isinstance(tail, Rectified):
+        rows = blocks.num_q_blocks
+        expected = {"ratio": (batch, heads, rows), "shift": (batch, heads, rows, dim)}
+    else:
+        number = tail.bias.numel()
+        if number % tail.per_block or number // tail.per_block > blocks.num_kv_blocks:
+            raise ValueError(
+                f"tail has {number} stand-ins, {tail.per_block} per block: they must fill at most "
+                f"the {blocks.num_kv_blocks} key blocks; see pool_keys"
+            )
+        shape = (batch, number, heads, dim)
+        expected = {"bias": (number,), "key": shape, "value": shape}
+        if tail.variance is not None:
+            expected["variance"] = shape
+    for name, shape in expected.items():
+        found = getattr(tail, name)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{name} of the tail is {tuple(found.shape)}: it must be {shape}")
+        if found.device != q.device:
+            raise ValueError(f"{name} of the tail is on {found.device}, q on {q.device}: move it")
 
 
 def _check_name(option: str, value: Any, allowed: Iterable[str]) -> None:

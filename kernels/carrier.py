@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.tail import Tail
 
 
 class Call(NamedTuple):
@@ -21,6 +22,7 @@ class Call(NamedTuple):
         scale: Factor of the scores.
         compute: dtype to compute in, or None: as exact as the inputs' dtype, whatever is fastest.
         return_lse: Whether the log-sum-exp is wanted.
+        tail: What stands in for hidden blocks, or None. There is none without blocks.
     """
 
     q: Tensor
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     scale: float
     compute: torch.dtype | None = None
     return_lse: bool = False
+    tail: Tail | None = None
 
 
 class Carrier(Protocol):

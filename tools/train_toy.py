@@ -147,6 +147,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, choices=sorted(BUILDERS))
     parser.add_argument("--steps", type=int, required=True, help="steps in all")
     parser.add_argument("--image-steps", type=int, default=0, help="first steps on single frames")
+    parser.add_argument(
+        "--frames-every", type=int, default=0, help="later too, every n-th step sees single frames"
+    )
     parser.add_argument("--decay", type=int, default=1000, help="last steps, with falling rate")
     parser.add_argument("--batch", type=int, default=12, help="clips per step")
     parser.add_argument("--image-batch", type=int, default=64, help="frames per image step")
@@ -204,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(total=args.steps, initial=step, desc=args.model, mininterval=20)
     while step < args.steps:
         clips = TOYS[args.model].frames > 1 and step >= args.image_steps
+        clips = clips and not (args.frames_every and step % args.frames_every == 0)
         size = args.batch if clips else args.image_batch
         generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
         latents, texts = batch(args.seed * 2**31 + seen, size, clips)

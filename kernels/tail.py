@@ -1,0 +1,244 @@
+"""What stands in for the key blocks that a query block does not see.
+
+Both tails come from pooled statistics, never from the hidden keys themselves. *Joint*: every hidden
+block is scored as a few mean keys inside the same softmax, with its multiplicity as a bias (the
+one normaliser of PISA and Sol-Attn). *Rectified*: the sparse output is scaled and shifted per query
+block, ``o = R o + C`` (Rectified SpaAttn, arXiv 2511.19835; our reconstruction from its public
+code). Either works with any block lists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.blocks import Blocks
+
+GAPR = ("code", "paper")
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Stand-ins: keys with a bias, each visible exactly where its key block is not listed.
+
+    Query i scores stand-in c as ``scale q_i . key_c + bias_c``, plus
+    ``scale^2 / 2 * (q_i * q_i) . variance_c`` where variances are given, in one softmax with the
+    visible keys. The log-sum-exp of the call includes them.
+
+    Attributes:
+        key: ``[B, M, H, D]`` mean keys, any float dtype.
+        value: ``[B, M, H, D]`` mean values, same dtype.
+        bias: fp32 ``[M]``, log of the number of keys each stands for; -inf is never visible.
+        per_block: Stand-ins per key block: number c belongs to key block ``c // per_block``. Key
+            blocks beyond ``M / per_block`` have none.
+        variance: ``[B, M, H, D]`` variances of the keys per channel, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    per_block: int = 1
+    variance: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rectified:
+    """An epilogue: out = ratio * out + shift. The log-sum-exp of the call is the sparse one.
+
+    Attributes:
+        ratio: fp32 ``[B, H, nQ]``, one number per query block.
+        shift: fp32 ``[B, H, nQ, D]``, one vector per query block.
+    """
+
+    ratio: Tensor
+    shift: Tensor
+
+
+Tail = Pooled | Rectified
+
+
+def group_means(
+    x: Tensor, size: int, real: Tensor | None = None, *, deviation: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Means over groups of ``size`` neighbouring tokens, the last group as short as it is.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        size: Tokens per group.
+        real: bool ``[S]``, tokens that count; None: all.
+        deviation: Also return mean absolute deviations from the mean.
+
+    Returns:
+        fp32 means ``[B, G, H, D]`` (0 where nothing counts), fp32 number of tokens in each group
+        ``[G]``, and fp32 mean absolute deviations ``[B, G, H, D]`` or None.
+    """
+    tokens = x.shape[1]
+    groups = -(-tokens // size)
+    weight = torch.ones(tokens, device=x.device) if real is None else real.float()
+    padding = groups * size - tokens
+    # One fp32 copy; fp64 keeps its digits.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
+        weight = torch.nn.functional.pad(weight, (0, padding))
+    x = x.unflatten(1, (groups, size))
+    weight = weight.view(groups, size)
+    count = weight.sum(1)
+    share = (weight / count.clamp_min(1)[:, None])[None, :, :, None, None].to(x.dtype)
+    even = real is None and not padding
+    mean = x.mean(2) if even else (x * share).sum(2)
+    if not deviation:
+        return mean, count, None
+    spread = (x - mean[:, :, None]).abs_()
+    return mean, count, spread.mean(2) if even else (spread * share).sum(2)
+
+
+def pool_keys(
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    per_block: int = 1,
+    real: Tensor | None = None,
+    variance: bool = False,
+) -> Pooled:
+    """Stand-ins of the joint tail.
+
+    Args:
+        k: ``[B, S, H, D]``, the keys that may be hidden: pass a slice to leave text out.
+        v: ``[B, S, H, D]``.
+        block: Tokens per key block.
+        per_block: Stand-ins per key block; divides ``block``.
+        real: bool ``[S]``, keys that exist (padding places of a tile order do not); None: all.
+        variance: Also measure the keys' variances.
+
+    Raises:
+        ValueError: ``per_block`` does not divide ``block``.
+    """
+    if per_block < 1 or block % per_block:
+        raise ValueError(
+            f"per_block={per_block}: it must divide the block of {block} keys; "
+            "use a power of two up to it"
+        )
+    size = block // per_block
+    key, count, _ = group_means(k, size, real)
+    value = group_means(v, size, real)[0]
+    second = None
+    if variance:
+        second = group_means(k.to(key.dtype).square(), size, real)[0].sub_(key.square())
+        second.clamp_min_(0)
+    # The last block may end in the middle of its groups; those behind the end are never visible.
+    missing = -key.shape[1] % per_block
+    bias = torch.log(count)
+    if missing:
+        pad = (0, 0, 0, 0, 0, missing)
+        key, value = (torch.nn.functional.pad(x, pad) for x in (key, value))
+        second = None if second is None else torch.nn.functional.pad(second, pad)
+        bias = torch.nn.functional.pad(bias, (0, missing), value=-math.inf)
+    return Pooled(key, value, bias, per_block, second)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """How much of the softmax each key block would get if blocks were as uniform as their means.
+
+    Attributes:
+        video: fp32 ``[B, H, nQ, N]``, estimated softmax mass of each pooled key block.
+        text: fp32 ``[B, H, nQ]``, estimated mass of all keys behind them, scored one by one.
+        gain: fp32 ``[B, H, nQ, N]`` or None, GAPR's gain ``|mean q . mean k|``.
+        error: fp32, same shape or None, GAPR's error.
+    """
+
+    video: Tensor
+    text: Tensor
+    gain: Tensor | None = None
+    error: Tensor | None = None
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    block_q: int,
+    block_kv: int,
+    *,
+    pooled: int,
+    scale: float,
+    real: Tensor | None = None,
+    gapr: bool = False,
+) -> BlockScores:
+    """Isolated-pooling softmax (IPAR) over ``[pooled logits + log n, logits of single keys]``.
+
+    Args:
+        q: ``[B, Sq, H, D]``.
+        k: ``[B, Skv, H, D]``; its first ``pooled`` keys are pooled, the others are text.
+        block_q: Queries per block.
+        block_kv: Keys per block.
+        pooled: Keys to pool.
+        scale: Factor of the scores.
+        real: bool ``[pooled]``, keys that exist; None: all. It also says which queries exist when
+            the two sequences have one length.
+        gapr: Also measure gain and error.
+    """
+    shared = real is not None and q.shape[1] == k.shape[1]
+    real_q = None
+    if shared:
+        real_q = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
+        real_q[:pooled] = real
+    q_mean, _, q_dev = group_means(q, block_q, real_q, deviation=gapr)
+    k_mean, count, k_dev = group_means(k[:, :pooled], block_kv, real, deviation=gapr)
+    qh, kh = q_mean.transpose(1, 2), k_mean.permute(0, 2, 3, 1)
+    dot = qh @ kh
+    logits = scale * dot + torch.log(count).to(dot.dtype)
+    text = scale * qh @ k[:, pooled:].to(qh.dtype).permute(0, 2, 3, 1)
+    mass = torch.cat([logits, text], -1).softmax(-1)
+    video, text = mass[..., : logits.shape[-1]], mass[..., logits.shape[-1] :].sum(-1)
+    if q_dev is None or k_dev is None:
+        return BlockScores(video, text)
+    error = (q_dev.transpose(1, 2) @ kh).abs_() + (qh @ k_dev.permute(0, 2, 3, 1)).abs_()
+    return BlockScores(video, text, dot.abs(), error)
+
+
+def rectify(
+    v: Tensor, blocks: Blocks, scores: BlockScores, *, pooled: int, gapr: str | None = None,
+    real: Tensor | None = None,
+) -> Rectified:  # fmt: skip
+    """Ratio and shift of the rectified tail.
+
+    Args:
+        v: ``[B, Skv, H, D]``.
+        blocks: What the call sees; the same lists the call is made with.
+        scores: Of these queries and keys.
+        pooled: Keys that were pooled.
+        gapr: None compensates every hidden block. ``"code"`` compensates those whose gain exceeds
+            their error and gives the mass of the others to the visible keys, as the authors' code
+            does; ``"paper"`` drops that mass, as their figure says, so that weights sum to less
+            than one.
+        real: bool ``[pooled]``, keys that exist; None: all.
+
+    Raises:
+        ValueError: ``gapr`` is unknown, or the scores were made without it.
+    """
+    if gapr not in (None, *GAPR):
+        raise ValueError(f"gapr={gapr!r}: it is None, 'code' or 'paper'")
+    hidden = ~blocks.mask()[..., : scores.video.shape[-1]]
+    used = hidden
+    if gapr is not None:
+        if scores.gain is None or scores.error is None:
+            raise ValueError(f"gapr={gapr!r} needs block_scores(..., gapr=True)")
+        used = hidden & (scores.gain > scores.error)
+    mass = scores.video * used
+    value = group_means(v[:, :pooled], blocks.block_kv, real)[0].transpose(1, 2)
+    lost = scores.video * hidden if gapr == "paper" else mass
+    ratio = (1 - lost.sum(-1)).clamp_min(0)
+    return Rectified(ratio, mass @ value.to(mass.dtype))
+
+
+def to_device(tail: Tail, device: torch.device | str) -> Tail:
+    """The same tail on another device."""
+    moved = {
+        name: value.to(device) for name, value in vars(tail).items() if isinstance(value, Tensor)
+    }
+    return replace(tail, **moved)
