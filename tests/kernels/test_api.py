@@ -188,7 +188,7 @@ def test_lists_can_be_made_in_compiled_code():
 def test_the_opaque_operation_is_registered_correctly():
     case = CASES[8]
     q, k, v = case.tensors()
-    arguments = (0.125, "auto", "gather", True, False)
+    arguments = ([], 0, 0.125, "auto", "gather", True, False)
     torch.library.opcheck(
         torch.ops.gen_accel.block_sparse_attention.default,
         (q, k, v, *api._flatten(case.blocks()), *arguments),
