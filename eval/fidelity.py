@@ -10,23 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.eval.clips import check, over_frames
 from gen_accel.eval.metric import Metric
 
 PSNR_CAP = 100.0
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
+_TINY = torch.finfo(torch.float64).tiny
 
 
-def psnr(video: Tensor, reference: Tensor) -> Tensor:
+def psnr(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
     """Peak signal-to-noise ratio in dB, ``10 log10(1 / MSE)`` per frame, averaged over frames.
 
     Args:
         video: ``[frames, channels, height, width]`` or with a batch in front; uint8, or float in
             [0, 1].
         reference: The same shape.
+        per_frame: Return the value of every frame.
 
     Returns:
-        One value per clip: 0-D, or ``[batch]``. A frame counts at most `PSNR_CAP` (100 dB), so
-        that equal frames do not turn the mean into infinity.
+        One value per clip: 0-D, or ``[batch]``; with ``per_frame`` ``[frames]`` behind that. A
+        frame counts at most `PSNR_CAP` (100 dB), so that equal frames do not turn the mean into
+        infinity.
 
     Raises:
         ValueError: Shapes differ, or values are not finite or outside [0, 1].
@@ -37,12 +41,25 @@ def psnr(video: Tensor, reference: Tensor) -> Tensor:
         >>> float(psnr(grey, grey)), round(float(psnr(grey + 0.1, grey)), 3)
         (100.0, 20.0)
     """
-    video, reference = _pair(video, reference)
-    mse = (video - reference).square().flatten(-3).mean(-1)
-    return (-10 * torch.log10(mse.clamp_min(10 ** (-PSNR_CAP / 10)))).mean(-1)
+    values = decibels(over_frames(_mse, video, reference))
+    return values if per_frame else values.mean(-1)
 
 
-def ssim(video: Tensor, reference: Tensor) -> Tensor:
+def psnr_pooled(video: Tensor, reference: Tensor) -> Tensor:
+    """``10 log10(1 / MSE)`` with one MSE for the clip: its worst frames decide, not its best.
+
+    Never above `psnr`; the two differ by decibels where damage is uneven in time. Arguments, cap
+    and errors as there.
+    """
+    return decibels(over_frames(_mse, video, reference).mean(-1))
+
+
+def decibels(mse: Tensor) -> Tensor:
+    """Mean squared errors of values in [0, 1] as dB, at most `PSNR_CAP`."""
+    return -10 * torch.log10(mse.clamp_min(10 ** (-PSNR_CAP / 10)))
+
+
+def ssim(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
     """Structural similarity (Wang et al. 2004): Gaussian window 11x11, sigma 1.5, K = 0.01, 0.03.
 
     Computed per channel with population moments, on windows that lie wholly inside the frame, then
@@ -53,43 +70,73 @@ def ssim(video: Tensor, reference: Tensor) -> Tensor:
     Args:
         video: As for `psnr`; frames of at least 11x11 pixels.
         reference: The same shape.
+        per_frame: Return the value of every frame.
 
     Returns:
-        One value per clip, at most 1: 0-D, or ``[batch]``.
+        One value per clip, at most 1: 0-D, or ``[batch]``; with ``per_frame`` ``[frames]`` behind.
 
     Raises:
         ValueError: As for `psnr`, or frames are smaller than the window.
     """
-    video, reference = _pair(video, reference)
+    check(video, reference)
     if min(video.shape[-2:]) < _WINDOW:
         raise ValueError(
             f"frames of {video.shape[-2]}x{video.shape[-1]} pixels: SSIM needs at least "
             f"{_WINDOW}x{_WINDOW}; resize first"
         )
-    # Frame by frame: the five filtered maps of a whole clip would be five clips in float64.
-    frames = [
-        _ssim_frame(a, b)
-        for a, b in zip(video.flatten(0, -4), reference.flatten(0, -4), strict=True)
-    ]
-    return torch.stack(frames).view(video.shape[:-3]).mean(-1)
+    values = over_frames(_ssim_frame, video, reference)
+    return values if per_frame else values.mean(-1)
+
+
+def pixel_cosine(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
+    """`cosine` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
+    dot, video2, reference2, *_ = _sums(video, reference, per_frame)
+    return dot / (video2 * reference2).sqrt().clamp_min(_TINY)
+
+
+def pixel_l1(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
+    """`relative_l1` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
+    _, _, _, difference, size, _ = _sums(video, reference, per_frame)
+    return difference / size.clamp_min(_TINY)
+
+
+def pixel_l2(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
+    """`relative_l2` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
+    _, _, reference2, _, _, difference2 = _sums(video, reference, per_frame)
+    return (difference2 / reference2.clamp_min(_TINY)).sqrt()
 
 
 def cosine(value: Tensor, reference: Tensor) -> Tensor:
     """Cosine of the angle between two tensors of any shape, all elements taken as one vector."""
     a, b = _flat(value, reference)
-    return a @ b / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny)
+    return a @ b / (a.norm() * b.norm()).clamp_min(_TINY)
 
 
 def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
     """``sum |value - reference| / sum |reference|`` over all elements."""
     a, b = _flat(value, reference)
-    return (a - b).abs().sum() / b.abs().sum().clamp_min(torch.finfo(a.dtype).tiny)
+    return (a - b).abs().sum() / b.abs().sum().clamp_min(_TINY)
 
 
 def relative_l2(value: Tensor, reference: Tensor) -> Tensor:
     """``|value - reference| / |reference|``, Euclidean norms over all elements."""
     a, b = _flat(value, reference)
-    return (a - b).norm() / b.norm().clamp_min(torch.finfo(a.dtype).tiny)
+    return (a - b).norm() / b.norm().clamp_min(_TINY)
+
+
+def _mse(frame: Tensor, reference: Tensor) -> Tensor:
+    return (frame - reference).square().mean()
+
+
+def _sums(video: Tensor, reference: Tensor, per_frame: bool) -> tuple[Tensor, ...]:
+    """ab, aa, bb, |a - b|, |b|, (a - b)^2, summed over the pixels of each frame or clip."""
+
+    def of_frame(a: Tensor, b: Tensor) -> Tensor:
+        terms = (a * b, a * a, b * b, (a - b).abs(), b.abs(), (a - b).square())
+        return torch.stack([term.sum() for term in terms])
+
+    sums = over_frames(of_frame, video, reference)
+    return (sums if per_frame else sums.sum(-2)).unbind(-1)
 
 
 def _ssim_frame(a: Tensor, b: Tensor) -> Tensor:
@@ -111,24 +158,6 @@ def _blur(images: Tensor) -> Tensor:
     return maps.view(*images.shape[:-2], *maps.shape[-2:])
 
 
-def _pair(video: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    if video.ndim not in (4, 5) or 0 in video.shape:
-        raise ValueError(
-            f"shape {tuple(video.shape)}: expected [frames, channels, height, width], or a batch "
-            "of those; unsqueeze(0) makes an image a clip of one frame"
-        )
-    a, b = _double(video, reference)
-    for values in (a, b):
-        low, high = float(values.min()), float(values.max())
-        # Written so that NaN fails too. The margin is for decoders that overshoot by rounding.
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise ValueError(
-                f"values from {low:g} to {high:g}: floats must lie in [0, 1]; divide by 255 or "
-                "pass uint8"
-            )
-    return a, b
-
-
 def _flat(value: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _double(value, reference)
     return a.flatten(), b.flatten()
@@ -141,32 +170,19 @@ def _double(value: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             f"shapes {tuple(value.shape)} and {tuple(reference.shape)} differ; a measure of "
             "fidelity compares equal shapes"
         )
-    converted = []
-    for tensor in (value, reference):
-        if tensor.device.type == "mps":
-            tensor = tensor.cpu()  # no float64 there
-        if tensor.dtype == torch.uint8:
-            converted.append(tensor.double() / 255)
-        elif tensor.is_floating_point():
-            converted.append(tensor.double())
-        else:
+    a, b = (x.cpu() if x.device.type == "mps" else x for x in (value, reference))  # no float64
+    for tensor in (a, b):
+        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
             raise ValueError(f"dtype {tensor.dtype}: expected uint8 or a float dtype")
-    return converted[0], converted[1].to(converted[0].device)
+    a, b = (x.double() / 255 if x.dtype == torch.uint8 else x.double() for x in (a, b))
+    return a, b.to(a.device)
 
 
 METRICS = (
-    Metric(
-        "psnr",
-        psnr,
-        "dB",
-        "higher",
-        "10 log10(1 / MSE) of each frame, at most 100 dB, mean over frames",
-    ),
-    Metric(
-        "ssim",
-        ssim,
-        "",
-        "higher",
-        "structural similarity, Gaussian window 11x11 within the frame, mean over frames",
-    ),
+    Metric("psnr", psnr, "dB", "higher", "10 log10(1 / MSE) per frame, at most 100 dB, mean"),
+    Metric("psnr_pooled", psnr_pooled, "dB", "higher", "10 log10(1 / MSE), one MSE per clip"),
+    Metric("ssim", ssim, "", "higher", "structural similarity, Gaussian 11x11 inside the frame"),
+    Metric("cosine", pixel_cosine, "", "higher", "cosine between the pixels of two clips"),
+    Metric("relative_l1", pixel_l1, "", "lower", "sum |video - reference| / sum |reference|"),
+    Metric("relative_l2", pixel_l2, "", "lower", "|video - reference| / |reference|"),
 )
