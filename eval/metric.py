@@ -31,6 +31,9 @@ class Metric:
         unit: ``"dB"``, ``"px"``, ``"%"``, ... or ``""``.
         better: Which direction is.
         definition: One line.
+        per_frame: Same arguments, values ``[frames]`` (or ``[frames - 1]``, one per pair of
+            neighbours) of one clip, for plots; None where a frame has no value. A function that
+            takes ``per_frame`` needs none here.
         network: What the argument ``network`` of the function is, for messages; None without one.
         pool: Values of all clips ``[clips, ...]`` to one number.
         axes: Axes of one clip's statistic.
@@ -53,9 +56,14 @@ class Metric:
     unit: str
     better: Literal["higher", "lower"]
     definition: str
+    per_frame: Callable[..., Tensor] | None = None
     network: str | None = None
     pool: Callable[[Tensor], Tensor] = mean
     axes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_frame is None and "per_frame" in inspect.signature(self.function).parameters:
+            object.__setattr__(self, "per_frame", partial(self.function, per_frame=True))
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -66,16 +74,6 @@ class Metric:
         """
         parameters = inspect.signature(self.function).parameters.values()
         return tuple(p.name for p in parameters if p.default is p.empty)
-
-    @cached_property
-    def per_frame(self) -> Callable[..., Tensor] | None:
-        """Values of every frame ``[..., frames]``, or of every pair of neighbours, for plots.
-
-        None where a frame has no value: the function takes no ``per_frame``.
-        """
-        if "per_frame" not in inspect.signature(self.function).parameters:
-            return None
-        return partial(self.function, per_frame=True)
 
     def clips(self, *args: Any, **kwargs: Any) -> Tensor:
         """Value or statistic of every clip, ``[clips, ...]``, float64 on the CPU."""
