@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.tail import Pooled, apply_tail
 
 _SHAPES = 64  # that one process may compile; torch's own limit of 8 is soon reached
 
@@ -52,13 +53,11 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """What FlexAttention cannot do."""
-    if call.tail is not None:
-        return "no tail yet: use impl='reference'"
     dtype = call.compute or call.q.dtype
     if dtype == torch.float64:
         return "FlexAttention does not take fp64: use impl='gather'"
     if call.q.device.type == "cpu":
-        if call.return_lse:
+        if call.return_lse or isinstance(call.tail, Pooled):
             return "FlexAttention gives no log-sum-exp on a CPU: use impl='gather'"
         if torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
             return (
@@ -73,8 +72,11 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     q, k, v = (x.transpose(1, 2).to(call.compute or x.dtype) for x in call[:3])
     mask = None if call.blocks is None else _block_mask(call.blocks)
     with torch._dynamo.config.patch(recompile_limit=_SHAPES):
-        out, lse = _compiled()(q, k, v, mask, call.scale, call.return_lse)
-    return out.transpose(1, 2).to(call.q.dtype), lse
+        want_lse = call.return_lse or isinstance(call.tail, Pooled)
+        out, lse = _compiled()(q, k, v, mask, call.scale, want_lse)
+    if call.tail is not None and call.blocks is not None:
+        out, lse = apply_tail(out.float(), lse, q, call.tail, call.blocks, call.scale)
+    return out.transpose(1, 2).to(call.q.dtype), lse if call.return_lse else None
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.tail import Pooled, Rectified, apply_tail
 
 _HALF = (torch.bfloat16, torch.float16)
 _NUMBERS_PER_THREAD = 2**20  # scores, keys and values alive at a time, to stay near the L2 cache
@@ -43,8 +44,6 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """Only dense calls have a gradient."""
-    if call.tail is not None:
-        return "no tail yet: use impl='reference'"
     if not _is_dense(call) and torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         return (
             "q, k or v require a gradient, which this carrier does not have: "
@@ -55,8 +54,9 @@ def limits(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
-    if call.blocks is not None and _keeps_all(call.blocks):
-        call = call._replace(blocks=None)
+    rectified = isinstance(call.tail, Rectified)
+    if call.blocks is not None and not rectified and _keeps_all(call.blocks):
+        call = call._replace(blocks=None, tail=None)
     # precision="bf16" rounds the inputs also where fp32 is what then computes with them.
     q, k, v = (x.to(call.compute) if call.compute in _HALF else x for x in call[:3])
     dtype = _compute_dtype(call)
@@ -76,11 +76,17 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     problem = _Problem(q.index_select(0, order), k, v, blocks, call.scale, heads)
     problem.solve(groups)
     out = torch.zeros_like(q).index_copy_(0, order, problem.out)
-    out = out.view(batch, heads, -1, dim)[:, :, :tokens].transpose(1, 2).to(call.q.dtype)
-    if not call.return_lse:
-        return out, None
-    lse = q.new_full(q.shape[:2], -torch.inf).index_copy_(0, order, problem.lse)
-    return out, lse.view(batch, heads, -1)[..., :tokens].float().contiguous()
+    out = out.view(batch, heads, -1, dim)[:, :, :tokens]
+    lse = None
+    if call.return_lse or isinstance(call.tail, Pooled):
+        lse = q.new_full(q.shape[:2], -torch.inf).index_copy_(0, order, problem.lse)
+        lse = lse.view(batch, heads, -1)[..., :tokens]
+    if call.tail is not None and call.blocks is not None:
+        queries = q.view(batch, heads, -1, dim)[:, :, :tokens]
+        out, lse = apply_tail(out, lse, queries, call.tail, blocks, call.scale)
+    if call.return_lse and lse is not None:
+        lse = lse.float().contiguous()
+    return out.transpose(1, 2).to(call.q.dtype), lse if call.return_lse else None
 
 
 def _is_dense(call: Call) -> bool:
@@ -105,7 +111,11 @@ def _compute_dtype(call: Call) -> torch.dtype:
     dtype = call.compute or call.q.dtype
     if dtype not in _HALF:
         return dtype
-    if call.return_lse or (call.blocks is not None and call.blocks.mask_mod is not None):
+    if (
+        call.return_lse
+        or isinstance(call.tail, Pooled)
+        or (call.blocks is not None and call.blocks.mask_mod is not None)
+    ):
         return torch.float32  # these need the scores themselves, which half precision would spoil
     if call.compute is None and call.q.device.type == "cpu" and not _half_pays(dtype):
         return torch.float32

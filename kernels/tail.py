@@ -18,6 +18,7 @@ from torch import Tensor
 from gen_accel.kernels.blocks import Blocks
 
 GAPR = ("code", "paper")
+_NUMBERS = 1 << 21  # scores alive at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +235,75 @@ def rectify(
     lost = scores.video * hidden if gapr == "paper" else mass
     ratio = (1 - lost.sum(-1)).clamp_min(0)
     return Rectified(ratio, mass @ value.to(mass.dtype))
+
+
+def stand_in_attention(
+    q: Tensor, pooled: Pooled, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visible stand-ins alone, for carriers that compute the two parts apart.
+
+    Args:
+        q: ``[B, H, Sq, D]``, in the dtype to compute in.
+        pooled: The stand-ins.
+        blocks: Lists of the call.
+        scale: Factor of the scores.
+
+    Returns:
+        out ``[B, H, Sq, D]`` and its log-sum-exp ``[B, H, Sq]``, both in q's dtype; 0 and -inf for
+        a query that sees no stand-in.
+    """
+    key, value = (x.transpose(1, 2).to(q.dtype) for x in (pooled.key, pooled.value))
+    key, bias = (scale * key).mT, pooled.bias.to(q.dtype)
+    square = None
+    if pooled.variance is not None:
+        square = (scale**2 / 2 * pooled.variance.transpose(1, 2).to(q.dtype)).mT
+    number = bias.numel()
+    listed = blocks.mask()[..., : number // pooled.per_block]
+    listed = listed.repeat_interleave(pooled.per_block, -1)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+    rows = max(1, _NUMBERS // (q.shape[0] * q.shape[1] * number * blocks.block_q))
+    for first in range(0, blocks.num_q_blocks, rows):
+        part = slice(first * blocks.block_q, (first + rows) * blocks.block_q)
+        x = q[:, :, part]
+        scores = (x @ key).add_(bias)
+        if square is not None:
+            scores += x.square() @ square
+        seen = listed[:, :, first : first + rows].repeat_interleave(blocks.block_q, 2)
+        scores.masked_fill_(seen[:, :, : x.shape[2]], -torch.inf)
+        peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).min)
+        total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+        out[:, :, part] = (scores @ value).div_(total.clamp_min(torch.finfo(q.dtype).tiny))
+        lse[:, :, part] = (total.log_() + peak)[..., 0]
+    return out, lse
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from that over each; shapes as they come."""
+    both = torch.logaddexp(lse, more_lse)
+    # The share of the first set; where neither has a key, whatever is finite.
+    share = torch.exp(lse - both).nan_to_num_(0.0)[..., None]
+    return torch.lerp(more, out, share), both
+
+
+def apply_tail(
+    out: Tensor, lse: Tensor | None, q: Tensor, tail: Tail, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Finish what a carrier computed without the tail.
+
+    Args:
+        out: ``[B, H, Sq, D]``, at least fp32 where the tail is joint.
+        lse: ``[B, H, Sq]``; needed where the tail is joint.
+        q: ``[B, H, Sq, D]``.
+        tail: The tail.
+        blocks: Lists of the call.
+        scale: Factor of the scores.
+    """
+    if isinstance(tail, Rectified):
+        row = torch.arange(out.shape[2], device=out.device) // blocks.block_q
+        ratio, shift = tail.ratio[:, :, row, None], tail.shift[:, :, row]
+        return torch.addcmul(shift.to(out.dtype), ratio.to(out.dtype), out), lse
+    assert lse is not None
+    return merge(out, lse, *stand_in_attention(q.to(out.dtype), tail, blocks, scale))
 
 
 def to_device(tail: Tail, device: torch.device | str) -> Tail:

@@ -3,10 +3,13 @@ import math
 import pytest
 import torch
 
+from gen_accel.kernels import flex
+from gen_accel.kernels import tail as tail_module
 from gen_accel.kernels.api import block_sparse_attention
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.reference import attention
 from gen_accel.kernels.tail import block_scores, group_means, pool_keys, rectify
+from helpers.attention_cases import CASES
 
 B, H, D, BLOCK = 2, 3, 16, 8
 
@@ -208,6 +211,73 @@ def test_named_tails_of_the_api(name):
     two = block_sparse_attention(q, k, v, blocks, tail=own, impl="reference")
     assert torch.equal(one, two)
     assert block_sparse_attention(q, k, v, tail=name).shape == q.shape
+
+
+def _bhsd(q, k, v, blocks, scale, return_lse):
+    out, lse = attention(*(x.transpose(1, 2) for x in (q, k, v)), blocks, scale)
+    return out.transpose(1, 2), lse if return_lse else None
+
+
+@sizes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["gather", "flex"])
+def test_carriers_agree_with_the_reference(video, text, dtype, impl, monkeypatch):
+    if impl == "flex":  # compiled, it has no log-sum-exp on a CPU
+        monkeypatch.setattr(flex, "_compiled", lambda: _bhsd)
+        monkeypatch.setattr(flex, "_block_mask", lambda blocks: blocks)
+        monkeypatch.setattr(flex, "limits", lambda call: None)
+    q, k, v = tensors(video, text).to(dtype)
+    blocks, _ = lists(video, text)
+    atol = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for name, tail in tails(q, k, v, blocks, pooled_keys(video, text)).items():
+        expected, lse = attention(q, k, v, blocks, D**-0.5, tail)
+        out, got = block_sparse_attention(q, k, v, blocks, tail=tail, impl=impl, return_lse=True)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, expected, rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(got, lse, rtol=0, atol=max(atol, 1e-5), msg=name)
+        alone = block_sparse_attention(q, k, v, blocks, tail=tail, impl=impl)
+        torch.testing.assert_close(alone, expected, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_ugly_shapes(case, impl, poison):
+    q, k, v = case.tensors()
+    blocks = case.blocks()
+    atol = 2e-3 if "large" in case.name else 1e-5
+    for tail in (
+        pool_keys(k, v, blocks.block_kv),
+        pool_keys(k[:, : blocks.block_kv], v[:, : blocks.block_kv], blocks.block_kv, per_block=2),
+    ):
+        expected, lse = attention(*(x.double() for x in (q, k, v)), blocks, 0.3, tail)
+        out, got = block_sparse_attention(
+            q, k, v, blocks, tail=tail, scale=0.3, impl=impl, return_lse=True
+        )
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+        torch.testing.assert_close(got, lse, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [1, 3000])
+def test_memory_budget_changes_nothing(numbers, monkeypatch):
+    q, k, v = (x.transpose(1, 2) for x in tensors())
+    blocks, _ = lists()
+    pooled = pool_keys(k.transpose(1, 2)[:, :64], v.transpose(1, 2)[:, :64], BLOCK)
+    expected = tail_module.stand_in_attention(q, pooled, blocks, 0.3)
+    monkeypatch.setattr(tail_module, "_NUMBERS", numbers)
+    for one, two in zip(tail_module.stand_in_attention(q, pooled, blocks, 0.3), expected):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("name", ["joint", "rectified"])
+def test_tails_travel_through_compiled_code(name):
+    q, k, v = tensors(text=0, dtype=torch.float32)
+    blocks, _ = lists(text=0)
+
+    def call(q):
+        return block_sparse_attention(q, k, v, blocks, tail=name)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), call(q), rtol=0, atol=1e-6)
 
 
 def test_errors():
