@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from gen_accel.eval import fidelity
+from gen_accel.eval import clip, fidelity, fvd
 from gen_accel.eval.metric import Metric
 
 # A module names its metrics beside their functions; one line here makes them known.
 METRICS: dict[str, Metric] = {
-    metric.name: metric for module in (fidelity,) for metric in module.METRICS
+    metric.name: metric for module in (fidelity, fvd, clip) for metric in module.METRICS
 }
 
 
