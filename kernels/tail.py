@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
@@ -83,8 +84,8 @@ def group_means(
     # One fp32 copy; fp64 keeps its digits.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if padding:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
-        weight = torch.nn.functional.pad(weight, (0, padding))
+        x = F.pad(x, (0, 0, 0, 0, 0, padding))
+        weight = F.pad(weight, (0, padding))
     x = x.unflatten(1, (groups, size))
     weight = weight.view(groups, size)
     count = weight.sum(1)
@@ -136,9 +137,9 @@ def pool_keys(
     bias = torch.log(count)
     if missing:
         pad = (0, 0, 0, 0, 0, missing)
-        key, value = (torch.nn.functional.pad(x, pad) for x in (key, value))
-        second = None if second is None else torch.nn.functional.pad(second, pad)
-        bias = torch.nn.functional.pad(bias, (0, missing), value=-math.inf)
+        key, value = (F.pad(x, pad) for x in (key, value))
+        second = None if second is None else F.pad(second, pad)
+        bias = F.pad(bias, (0, missing), value=-math.inf)
     return Pooled(key, value, bias, per_block, second)
 
 
@@ -167,6 +168,7 @@ def block_scores(
     *,
     pooled: int,
     scale: float,
+    parts: int = 1,
     real: Tensor | None = None,
     gapr: bool = False,
 ) -> BlockScores:
@@ -179,27 +181,71 @@ def block_scores(
         block_kv: Keys per block.
         pooled: Keys to pool.
         scale: Factor of the scores.
+        parts: Means per block, on either side. With more than one, every part of a query block has
+            a softmax of its own over the parts of the key blocks; masses are summed over a key
+            block and averaged over a query block. (The sum of exponentials makes it the
+            log-sum-exp score of the sub-blocks, normalised row by row.)
         real: bool ``[pooled]``, keys that exist; None: all. It also says which queries exist when
-            the two sequences have one length.
-        gapr: Also measure gain and error.
+            the two sequences share their video tokens.
+        gapr: Also measure gain and error, block by block.
+
+    Raises:
+        ValueError: ``parts`` does not divide the blocks.
     """
-    shared = real is not None and q.shape[1] == k.shape[1]
+    if block_q % parts or block_kv % parts:
+        raise ValueError(
+            f"parts={parts}: it must divide blocks of {block_q} queries and {block_kv} keys"
+        )
     real_q = None
-    if shared:
+    if real is not None:
         real_q = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
         real_q[:pooled] = real
-    q_mean, _, q_dev = group_means(q, block_q, real_q, deviation=gapr)
-    k_mean, count, k_dev = group_means(k[:, :pooled], block_kv, real, deviation=gapr)
-    qh, kh = q_mean.transpose(1, 2), k_mean.permute(0, 2, 3, 1)
-    dot = qh @ kh
-    logits = scale * dot + torch.log(count).to(dot.dtype)
-    text = scale * qh @ k[:, pooled:].to(qh.dtype).permute(0, 2, 3, 1)
-    mass = torch.cat([logits, text], -1).softmax(-1)
-    video, text = mass[..., : logits.shape[-1]], mass[..., logits.shape[-1] :].sum(-1)
-    if q_dev is None or k_dev is None:
-        return BlockScores(video, text)
-    error = (q_dev.transpose(1, 2) @ kh).abs_() + (qh @ k_dev.permute(0, 2, 3, 1)).abs_()
-    return BlockScores(video, text, dot.abs(), error)
+    gain = error = None
+    if gapr:
+        gain, error = _gain_and_error(q, k[:, :pooled], block_q, block_kv, real_q, real)
+    rows, columns = -(-q.shape[1] // block_q), -(-pooled // block_kv)
+    q_mean, q_count = _parts(q, block_q // parts, rows * parts, real_q)
+    k_mean, k_count = _parts(k[:, :pooled], block_kv // parts, columns * parts, real)
+    key = torch.cat([k_mean, k[:, pooled:].to(k_mean.dtype)], 1)
+    key = (scale * key).permute(0, 2, 3, 1)
+    bias = torch.cat([torch.log(k_count), k_count.new_zeros(k.shape[1] - pooled)]).to(key.dtype)
+    queries = q_mean.transpose(1, 2)
+    # A part that holds no query (padding, the ragged end) has no say in its block's mean.
+    share = (q_count > 0).to(key.dtype).view(rows, parts)
+    share = share / share.sum(-1, keepdim=True).clamp_min(1)
+    video = queries.new_empty(*queries.shape[:2], rows, columns)
+    text = queries.new_empty(*queries.shape[:2], rows)
+    step = max(1, _NUMBERS // (queries[:, :, 0, 0].numel() * bias.numel() * parts))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        mass = queries[:, :, first * parts : (first + step) * parts] @ key
+        mass = mass.add_(bias).softmax(-1)
+        if parts > 1:
+            mass = mass.unflatten(2, (-1, parts)).mul_(share[part, :, None]).sum(3)
+        text[:, :, part] = mass[..., columns * parts :].sum(-1)
+        mass = mass[..., : columns * parts]
+        video[:, :, part] = mass.unflatten(-1, (-1, parts)).sum(-1) if parts > 1 else mass
+    return BlockScores(video, text, gain, error)
+
+
+def _parts(x: Tensor, size: int, number: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means and counts, filled up with empty groups to ``number``."""
+    mean, count, _ = group_means(x, size, real)
+    missing = number - len(count)
+    return F.pad(mean, (0, 0, 0, 0, 0, missing)), F.pad(count, (0, missing))
+
+
+def _gain_and_error(
+    q: Tensor, k: Tensor, block_q: int, block_kv: int, real_q: Tensor | None, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """GAPR's |mean q . mean k| against |dev q . mean k| + |mean q . dev k|, per block pair."""
+    q_mean, _, q_dev = group_means(q, block_q, real_q, deviation=True)
+    k_mean, _, k_dev = group_means(k, block_kv, real, deviation=True)
+    assert q_dev is not None and k_dev is not None
+    rows = [x.transpose(1, 2) for x in (q_mean, q_dev)]
+    columns = [x.permute(0, 2, 3, 1) for x in (k_mean, k_dev)]
+    error = (rows[1] @ columns[0]).abs_() + (rows[0] @ columns[1]).abs_()
+    return (rows[0] @ columns[0]).abs_(), error
 
 
 def rectify(

@@ -7,6 +7,7 @@ from gen_accel.kernels import flex
 from gen_accel.kernels import tail as tail_module
 from gen_accel.kernels.api import block_sparse_attention
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.mass import block_mass
 from gen_accel.kernels.reference import attention
 from gen_accel.kernels.tail import block_scores, group_means, pool_keys, rectify
 from helpers.attention_cases import CASES
@@ -299,3 +300,30 @@ def test_errors():
         rectify(v, blocks, scores, pooled=64, gapr="code")
     with pytest.raises(ValueError, match="gapr='both'"):
         rectify(v, blocks, scores, pooled=64, gapr="both")
+
+
+@pytest.mark.parametrize("numbers", [1 << 21, 1])
+@pytest.mark.parametrize("video, text", SIZES)
+def test_scores_of_parts_are_means_of_their_softmax(video, text, numbers, monkeypatch):
+    monkeypatch.setattr(tail_module, "_NUMBERS", numbers)
+    q, k, _ = tensors(video, text)
+    pooled, parts = pooled_keys(video, text), 4
+    size, scale = BLOCK // parts, D**-0.5
+    got = block_scores(q, k, BLOCK, BLOCK, pooled=pooled, scale=scale, parts=parts)
+    torch.testing.assert_close(got.video.sum(-1) + got.text, torch.ones_like(got.text))
+    b, h = 1, 2
+    chunks = k[b, :pooled, h].split(size)
+    keys = torch.stack([c.mean(0) for c in chunks] + list(k[b, pooled:, h]))
+    bias = torch.tensor([len(c) for c in chunks] + [1] * (k.shape[1] - pooled)).double().log()
+    for row in (0, q.shape[1] // BLOCK - 1, -(-q.shape[1] // BLOCK) - 1):
+        queries = q[b, row * BLOCK : (row + 1) * BLOCK, h].split(size)
+        mass = torch.stack([(scale * keys @ x.mean(0) + bias).softmax(0) for x in queries]).mean(0)
+        blocks = mass[: len(chunks)].split(parts)
+        torch.testing.assert_close(got.video[b, h, row], torch.stack([x.sum() for x in blocks]))
+
+
+def test_scores_of_single_tokens_are_the_masses():
+    q, k, _ = tensors()
+    got = block_scores(q, k, BLOCK, BLOCK, pooled=64, scale=0.3, parts=BLOCK)
+    exact = block_mass(q, k, block=BLOCK, blocks=8, scale=0.3)
+    torch.testing.assert_close(got.video[:, :, :8].mean(0).float(), exact)
