@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from gen_accel.eval.files import write_text
+from gen_accel.eval.plot import Plot
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,21 @@ class Picture:
     caption: str
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        head: Names of the columns.
+        rows: Cells; the first column names the row.
+        note: A remark below.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
 @dataclass
 class Report:
     """What `write_report` renders.
@@ -66,8 +82,11 @@ class Report:
     Attributes:
         title: Headline.
         summary: One sentence with the result.
-        rows: The table; the first row is the baseline that speed-ups refer to.
+        rows: The table of methods; the first row is the baseline that speed-ups refer to.
+        tables: Title -> further table.
         media: Players, side by side.
+        clips: Title -> players that run together.
+        plots: Title -> charts.
         pictures: Title -> row of pictures, e.g. before and after.
         notes: What a reader has to know to judge the numbers.
         config: Settings of the run.
@@ -77,8 +96,11 @@ class Report:
 
     title: str
     summary: str
-    rows: Sequence[Row]
+    rows: Sequence[Row] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
     media: Sequence[Media] = ()
+    clips: Mapping[str, Sequence[Media]] = field(default_factory=dict)
+    plots: Mapping[str, Sequence[Plot]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -94,10 +116,10 @@ def write_report(folder: str | Path, report: Report) -> Path:
     """Write ``report.json`` and ``index.html`` into ``folder``; returns the page's path.
 
     Raises:
-        ValueError: No rows, a time that is not positive, or an unwritable folder.
+        ValueError: No table, a time that is not positive, or an unwritable folder.
     """
-    if not report.rows:
-        raise ValueError("a report needs at least one row: the baseline")
+    if not (report.rows or report.tables):
+        raise ValueError("a report needs at least one row, the baseline, or a table")
     for row in report.rows:
         if not (math.isfinite(row.seconds) and row.seconds > 0):
             raise ValueError(f"{row.method}: seconds={row.seconds}; a time is positive")
@@ -113,7 +135,10 @@ def to_json(report: Report) -> dict[str, Any]:
         "title": report.title,
         "summary": report.summary,
         "rows": [{**asdict(row), "speedup": report.speedup(row)} for row in report.rows],
+        "tables": {title: asdict(table) for title, table in report.tables.items()},
         "media": [asdict(item) for item in report.media],
+        "clips": {title: [asdict(m) for m in row] for title, row in report.clips.items()},
+        "plots": {title: [asdict(p) for p in row] for title, row in report.plots.items()},
         "notes": list(report.notes),
         "config": dict(report.config),
         "versions": dict(report.versions),
@@ -160,10 +185,17 @@ def to_html(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{e(report.title)}</title><style>{_STYLE}</style></head><body><main>",
         f"<h1>{e(report.title)}</h1><p class=summary>{e(report.summary)}</p>",
-        _table(report),
+        _methods(report) if report.rows else "",
     ]
+    for title, table in report.tables.items():
+        parts.append(f"<h2>{e(title)}</h2>{_table(table)}")
     if report.media:
         parts.append(f"<div class=media>{''.join(map(_media, report.media))}</div>")
+    for title, media in report.clips.items():
+        parts.append(f"<h2>{e(title)}</h2><div class=media>{''.join(map(_media, media))}</div>")
+    for title, plots in report.plots.items():
+        figures = "".join(plot.figure() for plot in plots)
+        parts.append(f"<h2>{e(title)}</h2><div class=plots>{figures}</div>")
     for title, pictures in report.pictures.items():
         figures = "".join(map(_picture, pictures))
         parts.append(f"<h2>{e(title)}</h2><div class=pictures>{figures}</div>")
@@ -180,7 +212,20 @@ def to_html(report: Report) -> str:
     return "\n".join(parts)
 
 
-def _table(report: Report) -> str:
+def _table(table: Table) -> str:
+    rows = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in table.head)}</tr>"]
+    for row in table.rows:
+        # A sentence is set as one, everything else as a number.
+        cells = (
+            f"<td{' class=words' if len(cell) > 24 else ''}>{html.escape(cell)}</td>"
+            for cell in row
+        )
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
+    return f"<div class=wide><table class=result>{''.join(rows)}</table></div>{note}"
+
+
+def _methods(report: Report) -> str:
     head = ("method", "time", "speed-up", "density run", "PSNR", "SSIM")
     rows = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
     for i, row in enumerate(report.rows):
@@ -241,6 +286,15 @@ padding:.7rem 1.1rem;border-bottom:1px solid var(--line)}
 .result th:first-child,.result td:first-child{text-align:left}
 .result b{color:var(--accent)}
 small{display:block;color:var(--soft)}
+.result .words{text-align:left;color:var(--soft);font-size:.9rem;min-width:14rem}
+.wide{overflow-x:auto}
+.note{color:var(--soft);font-size:.88rem;max-width:52rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.6rem}
+.plot svg{display:block;width:100%;height:auto;overflow:visible}
+.plot text{fill:var(--soft);font-size:11px}
+.plot .grid{stroke:var(--line)}
+.keys{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}
+.keys i{display:inline-block;width:.8rem;height:.2rem;margin-right:.4rem;vertical-align:middle}
 .media,.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1.2rem}
 .media{margin-top:1.6rem}
 figure{margin:0}
@@ -259,7 +313,13 @@ details td{word-break:break-word}
 
 # Players that start together stay together only when they are told to.
 _SCRIPT = """
-const videos=[...document.querySelectorAll('video')],first=videos[0];
-if(first)first.addEventListener('seeked',()=>videos.slice(1).forEach(v=>{
-if(Math.abs(v.currentTime-first.currentTime)>.05)v.currentTime=first.currentTime}));
+for(const group of document.querySelectorAll('.media')){
+const videos=[...group.querySelectorAll('video')],first=videos[0];
+if(!first)continue;
+const follow=()=>videos.slice(1).forEach(v=>{
+if(Math.abs(v.currentTime-first.currentTime)>.05)v.currentTime=first.currentTime});
+first.addEventListener('seeked',follow);
+first.addEventListener('play',()=>videos.forEach(v=>v.play()));
+first.addEventListener('pause',()=>{videos.forEach(v=>v.pause());follow()});
+}
 """

@@ -8,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from gen_accel.eval.report import Media, Picture, Report, Row, heatmap, to_html, write_report
+from gen_accel.eval.plot import Plot
+from gen_accel.eval.report import (
+    Media,
+    Picture,
+    Report,
+    Row,
+    Table,
+    heatmap,
+    to_html,
+    write_report,
+)
 
 
 def report(**changes):
@@ -22,6 +32,9 @@ def report(**changes):
         "summary": 'one "sentence"',
         "rows": rows,
         "media": [Media("dense.mp4", "dense"), Media("a b.png", "picture")],
+        "tables": {"Metrics <m>": Table(("metric", "A & B"), [("psnr", "31.2 <dB>")], "note <n>")},
+        "clips": {"clip 1": [Media("1.mp4", "sparse <s>")]},
+        "plots": {"PSNR": [Plot({"A <x>": [30.0, 31.0, None]}, "per frame", y="dB")]},
         "pictures": {"Before and after": [Picture(picture, "before"), Picture(picture, "after")]},
         "notes": ["weights <built>"],
         "config": {"steps": 12},
@@ -34,7 +47,7 @@ def report(**changes):
 class Elements(html.parser.HTMLParser):
     """Collects start tags, and insists that they are closed in order."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br"}  # and what closes itself, as SVG's elements do
 
     def __init__(self, page):
         super().__init__()
@@ -69,6 +82,8 @@ def test_the_page_shows_everything_once_escaped():
     text = " ".join(Elements(page).text)
     for shown in ("Dense & sparse", "PARO <b>", "4.0 s", "2.50x", "0.260", "31.2 dB", "0.9876"):
         assert shown in text
+    for shown in ("Metrics <m>", "A & B", "31.2 <dB>", "note <n>", "clip 1", "sparse <s>", "A <x>"):
+        assert shown in text
     assert "weights <built>" in text and "<b> " not in page.replace("<b>2.50x</b>", "")
     sources = [a["src"] for t, a in Elements(page).found if t in ("video", "img")]
     assert sources[:2] == ["dense.mp4", "a b.png"]
@@ -90,13 +105,19 @@ def test_the_folder_and_its_json(tmp_path):
     data = json.loads((page.parent / "report.json").read_text())
     assert [row["speedup"] for row in data["rows"]] == [1.0, 2.5]
     assert data["rows"][1]["psnr"] == 31.25 and data["orders"] == ["FHW"]
+    assert data["tables"]["Metrics <m>"]["rows"] == [["psnr", "31.2 <dB>"]]
+    assert data["plots"]["PSNR"][0]["series"] == {"A <x>": [30.0, 31.0, None]}
     assert data["media"][0] == {"file": "dense.mp4", "caption": "dense"}
+
+
+def test_a_table_is_enough(tmp_path):
+    assert write_report(tmp_path, report(rows=())).is_file()
 
 
 @pytest.mark.parametrize("rows", [(), (Row("dense", 0.0),), (Row("dense", float("nan")),)])
 def test_reports_without_a_baseline_are_refused(tmp_path, rows):
     with pytest.raises(ValueError, match="row|positive"):
-        write_report(tmp_path / "x", report(rows=rows))
+        write_report(tmp_path / "x", report(rows=rows, tables={}))
     assert not (tmp_path / "x").exists()
 
 
