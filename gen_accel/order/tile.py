@@ -88,6 +88,13 @@ class TileOrder:
         coordinates[:, (at_tile * lanes + lane).ravel()] = np.indices(grid).reshape(3, -1)
         return coordinates
 
+    def permutation(self, grid: TokenGrid) -> np.ndarray:
+        """Raster index of the token at every place, -1 in padding; int64 ``[places]``."""
+        coordinates = self.coordinates(grid)
+        axes = [unroll(length, dilation) for length, dilation in zip(grid, self.dilation)]
+        position = tuple(axis[at] for axis, at in zip(axes, coordinates))
+        return np.where(coordinates[0] < 0, -1, _raster(position, grid.height, grid.width))
+
     def reorder(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Put the tokens into tiles.
 
@@ -138,17 +145,12 @@ def _indices(
     order: TileOrder, grid: TokenGrid, before: int, after: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Which token stands at each ordered place, and at which place each token stands."""
-    coordinates, lanes = order.coordinates(grid), order.lanes(grid)
-    place = np.arange(coordinates.shape[1])
-    # Padding (-1 on every axis) reads what the tile's first lane reads.
-    place = np.where(coordinates[0] < 0, place // lanes * lanes, place)
-    axes = [unroll(length, dilation) for length, dilation in zip(grid, order.dilation)]
-    position = tuple(axis[at] for axis, at in zip(axes, coordinates[:, place]))
-    video = before + _raster(position, grid.height, grid.width)
-
+    permutation, lanes = order.permutation(grid), order.lanes(grid)
+    # Padding reads what the tile's first lane reads.
+    video = np.where(permutation < 0, permutation[::lanes].repeat(lanes), permutation)
     text = np.r_[:before, before + grid.numel : before + grid.numel + after]
-    index = np.concatenate([video, text])
-    real = np.concatenate([coordinates[0] >= 0, np.ones(len(text), bool)])
+    index = np.concatenate([before + video, text])
+    real = np.concatenate([permutation >= 0, np.ones(len(text), bool)])
     inverse = np.empty(before + grid.numel + after, np.int64)
     inverse[index[real]] = np.flatnonzero(real)
     # Cached: made under inference_mode, they could never serve a call that needs a gradient.

@@ -136,3 +136,12 @@ def test_errors():
         order.reorder(torch.zeros(1, 104, 2, 4), TokenLayout(GRID))
     with pytest.raises(ValueError, match=r"need \[batch, 193, heads, head_dim\]"):
         order.restore(torch.zeros(1, 106, 2, 4), TokenLayout(GRID, 1))
+
+
+@pytest.mark.parametrize("dilation", [(1, 1, 1), (1, 2, 3)])
+def test_permutation_is_what_reorder_does_but_for_the_padding(dilation):
+    order = TileOrder((2, 3, 2), dilation, 16)
+    permutation = order.permutation(GRID)
+    real = permutation >= 0
+    assert np.array_equal(real, order.coordinates(GRID)[0] >= 0)
+    assert np.array_equal(token_at(order, TokenLayout(GRID)).numpy()[real], permutation[real])
