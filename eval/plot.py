@@ -35,7 +35,8 @@ class Plot:
         Raises:
             ValueError: There is no finite value.
         """
-        values = [v for curve in self.series.values() for v in curve if _finite(v)]
+        runs = {name: _runs(curve) for name, curve in self.series.items()}
+        values = [v for parts in runs.values() for run in parts for _, v in run]
         if not values:
             raise ValueError(f"plot {self.caption!r}: no finite value to draw")
         ticks = _ticks(min(values), max(values))
@@ -58,9 +59,9 @@ class Plot:
             parts.append(_text(float(at(i, low).split(",")[0]), _HEIGHT - 18, str(i), "middle"))
         parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 4, self.x, "end"))
         parts.append(_text(_LEFT, 10, self.y, "start"))
-        for (name, curve), colour in zip(self.series.items(), _palette(len(self.series))):
+        for (name, stretches), colour in zip(runs.items(), _palette(len(runs))):
             parts.append(f'<g stroke="{colour}" fill="{colour}"><title>{html.escape(name)}</title>')
-            for run in _runs(curve):
+            for run in stretches:
                 points = " ".join(at(i, value) for i, value in run)
                 parts.append(f'<polyline fill="none" stroke-width="2" points="{points}"/>')
                 if len(run) == 1:  # a line of one point is invisible
@@ -110,7 +111,3 @@ def _runs(curve: Sequence[float | None]) -> list[list[tuple[int, float]]]:
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
