@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gen_accel.eval import fidelity
-from gen_accel.eval.fidelity import PSNR_CAP, cosine, psnr, relative_l1, relative_l2, ssim
+from gen_accel.eval.fidelity import (
+    PSNR_CAP,
+    cosine,
+    pixel_cosine,
+    pixel_l1,
+    pixel_l2,
+    psnr,
+    psnr_pooled,
+    relative_l1,
+    relative_l2,
+    ssim,
+)
 
 
 def clips(*shape, seed=0, noise=0.1):
@@ -75,6 +86,38 @@ def test_psnr_of_a_known_error():
     half = reference.clone()
     half[0] += 0.1
     assert float(psnr(half, reference)) == pytest.approx((20 + 2 * PSNR_CAP) / 3, abs=1e-4)
+
+
+def test_one_grey_level_is_48_decibels():
+    level = torch.full((4, 3, 8, 8), 100, dtype=torch.uint8)
+    for measure in (psnr, psnr_pooled):
+        assert float(measure(level + 1, level)) == pytest.approx(48.131, abs=5e-4)
+
+
+def test_pooled_psnr_agrees_with_torchmetrics():
+    oracle = pytest.importorskip("torchmetrics.functional.image").peak_signal_noise_ratio
+    video, reference = clips(5, 3, 16, 12)
+    video[0] = (video[0] + 0.3).clamp(0, 1)
+    wanted = float(oracle(video, reference, data_range=1.0))
+    assert float(psnr_pooled(video, reference)) == pytest.approx(wanted, abs=1e-4)
+    assert float(psnr_pooled(video, reference)) < float(psnr(video, reference)) - 0.1
+    assert float(psnr_pooled(reference, reference)) == PSNR_CAP
+
+
+def test_values_per_frame_are_those_of_the_frames():
+    video, reference = clips(3, 4, 3, 16, 16)
+    for measure in (psnr, ssim, pixel_cosine, pixel_l1, pixel_l2):
+        values = measure(video, reference, per_frame=True)
+        assert values.shape == (3, 4)
+        alone = measure(video[1, 2:3], reference[1, 2:3])
+        assert float(values[1, 2]) == pytest.approx(float(alone), abs=1e-12)
+
+
+def test_pixel_distances_are_the_distances_of_the_pixels():
+    video, reference = clips(2, 3, 3, 16, 16)
+    for ours, plain in ((pixel_cosine, cosine), (pixel_l1, relative_l1), (pixel_l2, relative_l2)):
+        wanted = [float(plain(v, r)) for v, r in zip(video, reference, strict=True)]
+        assert ours(video, reference).tolist() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_uint8_never_wraps_around():
