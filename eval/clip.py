@@ -197,18 +197,18 @@ def _metric(name: str, function: Any, per_frame: Any, unit: str, definition: str
 METRICS = (
     _metric(
         "clip_score", clip_score, clip_score_frames, "",
-        "CLIPScore, 100 max(cos(frame, text), 0), mean over frames.",
+        "CLIPScore, 100 max(cos(frame, text), 0), mean over frames",
     ),
     _metric(
         "clip_sim", clip_sim, clip_sim_frames, "",
-        "CLIPSIM, cos(frame, text), mean over frames.",
+        "CLIPSIM, cos(frame, text), mean over frames",
     ),
     _metric(
         "clip_temp", clip_temp, clip_temp_frames, "",
-        "CLIP-temp, cos(frame, next frame), mean over pairs.",
+        "CLIP-temp, cos(frame, next frame), mean over pairs",
     ),
     _metric(
         "clip_drift", clip_drift, clip_drift_frames, "",
-        "cos(frame, the reference's frame) in CLIP, mean over frames.",
+        "cos(frame, the reference's frame) in CLIP, mean over frames",
     ),
 )  # fmt: skip

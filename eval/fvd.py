@@ -180,7 +180,7 @@ def _metric(name: str, network: str, what: str) -> Metric:
         fvd_features,
         "",
         "lower",
-        f"Fréchet distance between the {what} of the clips and of the references, over the set.",
+        f"Fréchet distance between clips and references as sets: {what}",
         network=network,
         pool=fvd_pool,
         axes=2,
@@ -190,5 +190,5 @@ def _metric(name: str, network: str, what: str) -> Metric:
 METRICS = (
     _metric("fvd", "i3d", "I3D logits (Kinetics-400, StyleGAN-V's protocol)"),
     _metric("fvd_videomae", "videomae", "VideoMAE features (mean over patches)"),
-    _metric("fvd_toy", "fvd-toy", "features of our own fvd-toy encoder; not comparable with FVD"),
+    _metric("fvd_toy", "fvd-toy", "features of our own fvd-toy encoder, not comparable with FVD"),
 )

@@ -281,12 +281,12 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 border-spacing:0;border-collapse:separate;overflow:hidden}
 .result th{font-size:.8rem;font-weight:600;color:var(--soft);text-align:right;
 padding:.7rem 1.1rem;border-bottom:1px solid var(--line)}
-.result td{text-align:right;padding:.8rem 1.1rem;vertical-align:top}
+.result td{text-align:right;white-space:nowrap;padding:.8rem 1.1rem;vertical-align:top}
 .result tr+tr+tr td{border-top:1px solid var(--line)}
 .result th:first-child,.result td:first-child{text-align:left}
 .result b{color:var(--accent)}
-small{display:block;color:var(--soft)}
-.result .words{text-align:left;color:var(--soft);font-size:.9rem;min-width:14rem}
+small{display:block;white-space:normal;color:var(--soft)}
+.result .words{text-align:left;white-space:normal;color:var(--soft);font-size:.9rem;min-width:14rem}
 .wide{overflow-x:auto}
 .note{color:var(--soft);font-size:.88rem;max-width:52rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.6rem}
@@ -295,7 +295,7 @@ small{display:block;color:var(--soft)}
 .plot .grid{stroke:var(--line)}
 .keys{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.85rem}
 .keys i{display:inline-block;width:.8rem;height:.2rem;margin-right:.4rem;vertical-align:middle}
-.media,.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1.2rem}
+.media,.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1.2rem}
 .media{margin-top:1.6rem}
 figure{margin:0}
 video,img{display:block;width:100%;border-radius:8px;background:#000}

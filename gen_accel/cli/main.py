@@ -13,7 +13,9 @@ from gen_accel.cli.options import Parser, UsageError, dotted, nearest, resolve
 
 # A module per sub-command: add_parser(subparsers) and run(args) -> exit code. One with SECTIONS
 # takes --config and dotted overrides as well.
-COMMANDS = ("demo", "generate", "calibrate", "doctor", "bench", "simulate", "world")
+COMMANDS = (
+    "demo", "generate", "calibrate", "eval", "verdict", "doctor", "bench", "simulate", "world"
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
