@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,43 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # A compiled graph can carry numbers and tensors, not functions: it carries the rule's number. An
 # entry lives as long as its rule, so a number that is found here is never stale.
 RULES: weakref.WeakValueDictionary[int, MaskMod] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """An element rule as data, for carriers that cannot call a ``mask_mod``.
+
+    A key is visible when its place lies in the query's interval on every axis, or when it is free.
+
+    Attributes:
+        key: Places of the keys, int32 ``[axes, kv_len]``, from 0.
+        low: First visible place per query, int32 ``[axes, H|1, q_len]``.
+        high: One past the last visible place, same shape.
+        free: Keys from this index on are always visible.
+    """
+
+    key: Tensor
+    low: Tensor
+    high: Tensor
+    free: int
+
+    def rule(self) -> MaskMod:
+        """The ``mask_mod``; its attribute ``intervals`` is this object."""
+        # Split here: FlexAttention compiles plain look-ups only.
+        free, shared = self.free, self.low.shape[1] == 1
+        keys = self.key.unbind()
+        lows, highs = ((x[:, 0] if shared else x).unbind() for x in (self.low, self.high))
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            query = (q,) if shared else (h, q)
+            inside = [
+                (low[query] <= key[kv]) & (key[kv] < high[query])
+                for key, low, high in zip(keys, lows, highs)
+            ]
+            return functools.reduce(torch.bitwise_and, inside) | (kv >= free)
+
+        visible.intervals = self  # type: ignore[attr-defined]
+        return visible
 
 
 @dataclass(frozen=True, eq=False)

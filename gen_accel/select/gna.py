@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.blocks import Blocks, MaskMod
+from gen_accel.kernels.blocks import Blocks, Intervals, MaskMod
 from gen_accel.layout import TokenGrid
 from gen_accel.order.tile import TileOrder
 from gen_accel.order.tiling import Axis, group_lengths
@@ -245,15 +245,4 @@ def _rule(
         axes = [w.axes[a] for w in windows]
         low.append(table(np.stack([axis.start[here[real]] for axis in axes]), text, 0))
         high.append(table(np.stack([axis.end[here[real]] for axis in axes]), text, axes[0].length))
-    if len(windows) == 1:
-        low, high = [t[0] for t in low], [t[0] for t in high]
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        query = (q,) if len(windows) == 1 else (h, q)
-        inside = [
-            (low[i][query] <= key[i][kv]) & (key[i][kv] < high[i][query])
-            for i in range(len(limited))
-        ]
-        return functools.reduce(torch.bitwise_and, inside) | (kv >= places)
-
-    return visible
+    return Intervals(torch.stack(key), torch.stack(low), torch.stack(high), places).rule()
