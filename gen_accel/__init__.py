@@ -27,6 +27,8 @@ _EXPORTS = {
     "GnaProcessor": "gen_accel.processors",
     "Handle": "gen_accel.install",
     "ParoProcessor": "gen_accel.processors",
+    "SpaAttnProcessor": "gen_accel.processors",
+    "SparseProcessor": "gen_accel.processors",
     "TokenGrid": "gen_accel.layout",
     "apply": "gen_accel.install",
     "block_sparse_attention": "gen_accel.kernels.api",

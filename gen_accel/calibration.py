@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gen_accel.engine import Engine
-from gen_accel.install import _provenance, apply
+from gen_accel.install import apply, provenance
 from gen_accel.layout import ForwardContext, TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan
-from gen_accel.planner import CALIBRATING, Planned
+from gen_accel.planner.base import CALIBRATING, Planned
 from gen_accel.processors import ParoProcessor
 from gen_accel.recorder import Measurement, Recorder
 
@@ -49,7 +49,7 @@ def calibrate(
     groups: int | str = 4,
     dense_steps: float = 0.2,
     block: int | None = None,
-    reorder: bool = True,
+    order: str = "axis",
     criterion: str = "mass",
     rows_per_block: int | None = 16,
     order_prompts: int = 1,
@@ -71,7 +71,7 @@ def calibrate(
         groups: Step groups with masks of their own, a number or ``"paper"``; see `step_groups`.
         dense_steps: First share of the steps that will run dense and needs no masks.
         block: Tokens per block; None picks by length.
-        reorder: False keeps raster order.
+        order: ``"axis"``, one of six per head; ``"curve"`` or ``"raster"``, one for all.
         criterion: ``"mass"`` or ``"paper"``; see `Measurement`.
         rows_per_block: Query rows sampled per block; None takes all.
         order_prompts: How many prompts the order pass looks at.
@@ -87,7 +87,7 @@ def calibrate(
         ValueError: No prompts, or a setting out of range.
     """
     runs = _calls([prompts] if isinstance(prompts, str) else prompts, call)
-    measurement = Measurement(density, block, reorder, criterion, rows_per_block)
+    measurement = Measurement(density, block, order, criterion, rows_per_block)
     if groups != PAPER and (not isinstance(groups, int) or groups < 1):
         raise ValueError(f"groups={groups!r}: give a number of step groups, or {PAPER!r}")
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def calibrate(
             watcher = _Watcher(component.engine, component.model, measurement, groups)
             component.engine.planner = watcher
             watchers.append(watcher)
-        passes = [("orders", runs[:order_prompts])] if reorder else []
+        passes = [("orders", runs[:order_prompts])] if order == "axis" else []
         passes.append(("masks", runs))
         bar = tqdm(
             total=sum(len(part) for _, part in passes), desc="calibrate", disable=not progress
@@ -120,7 +120,7 @@ def calibrate(
         )
     first = seen[0]
     assert first.recorder is not None
-    info = _provenance(measurement, "offline", time.perf_counter() - started)
+    info = provenance(measurement, "offline", time.perf_counter() - started)
     info.update(prompts=len(runs), steps=first.steps, groups=groups, dense_steps=dense_steps)
     return AttentionPlan(first.recorder.grid, first.recorder.block, density, components, info)
 
@@ -169,7 +169,7 @@ class _Watcher:
         """Every layer."""
         return True
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
         context = self.engine.context
         if context.step is None or context.steps is None:
             raise ValueError(

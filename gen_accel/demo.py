@@ -128,7 +128,7 @@ def _attention_pictures(
     """Where the mass of one head lies, in raster order and in the order that was chosen."""
     from gen_accel import ParoProcessor, apply
     from gen_accel.kernels.mass import block_mass
-    from gen_accel.order.axis import AXIS_ORDERS, RASTER, axis_order
+    from gen_accel.order.raster import RasterOrder
 
     plan = handle.plan
     if plan is None:
@@ -140,10 +140,9 @@ def _attention_pictures(
         _render(pipe, settings, "warm-up", num_inference_steps=1, output_type="latent")
     q, k = watcher.seen[layer]
     layout, chosen = TokenLayout(plan.grid), plan.components["transformer"].layers[layer]
-    heads = len(chosen.orders.heads)
     kept = int(plan.density * (plan.grid.numel // plan.block))
     mass, share = [], []
-    for order in (axis_order([RASTER] * heads), chosen.orders):
+    for order in (RasterOrder(), chosen.orders):
         blocks = block_mass(
             order.reorder(q, layout),
             order.reorder(k, layout),
@@ -156,7 +155,7 @@ def _attention_pictures(
     head = int((share[1] - share[0]).argmax())
     top = float(max(blocks[head].max() for blocks in mass)) ** 0.5
     before, after = (heatmap(blocks[head].sqrt(), largest=top) for blocks in mass)
-    name = AXIS_ORDERS[chosen.orders.heads[head]]
+    name = chosen.order_names[head]
     title = f"Where head {head} of layer {layer} looks, in blocks of {plan.block} tokens"
     return {
         title: [
@@ -186,7 +185,7 @@ class _QueriesAndKeys:
     def watches(self, layer: int) -> bool:
         return True
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
         self.seen[layer] = q, k
 
 
@@ -197,7 +196,6 @@ def _report(
     handle: Handle,
 ) -> Report:
     from gen_accel.cli.doctor import examine
-    from gen_accel.order.axis import AXIS_ORDERS
 
     machine = examine()
     dense, sparse = rows
@@ -218,7 +216,7 @@ def _report(
     if plan is not None:
         config["tokens"] = f"{plan.grid} = {plan.grid.numel}"
         layers = plan.components["transformer"].layers
-        data["orders"] = {n: [AXIS_ORDERS[i] for i in p.orders.heads] for n, p in layers.items()}
+        data["orders"] = {n: p.order_names for n, p in layers.items()}
         data["mass_kept"] = plan.mass_kept()
         spent = stats.seconds.get("calibrate", 0.0)
         notes.append(

@@ -41,6 +41,7 @@ class DirectCalls:
             layers=0,
             schedule=policy.schedule(),
             planner=self._planner,
+            tail=policy.tail_setting(),
             precision=policy.precision,
             impl=policy.impl,
         )

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from gen_accel import natten
 from gen_accel.kernels.api import block_sparse_attention, choose
+from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
-from gen_accel.planner import Planned, Planner, Windowed
+from gen_accel.planner.base import Planned, Planner, Windowed
 from gen_accel.schedule import Schedule
+from gen_accel.tail import TailSetting
 
 log = logging.getLogger("gen_accel")
 
@@ -62,6 +64,7 @@ class Engine:
         planner: Orders and block lists of the others.
         layout_of: Family's layout function.
         scheduler: Returns the pipeline's scheduler, or None for a bare transformer.
+        tail: What stands in for hidden blocks.
         precision: Numbers the carrier computes in.
         impl: Carrier.
         profile: Synchronise the device around calls so that `RunStats.seconds` holds on GPUs.
@@ -76,6 +79,7 @@ class Engine:
         planner: Planner,
         layout_of: LayoutOf | None = None,
         scheduler: Callable[[], Any] | None = None,
+        tail: TailSetting | None = None,
         precision: str = "auto",
         impl: str = "auto",
         profile: bool = False,
@@ -84,11 +88,15 @@ class Engine:
         self.layers = layers
         self.schedule = schedule
         self.planner = planner
+        self.tail = tail or TailSetting()
         self.precision = precision
         self.impl = impl
         self.profile = profile
         self.context = ForwardContext()
-        self.stats = RunStats()
+        self._stats = RunStats()
+        # Densities that are still on their way: asking a GPU for one would make every call wait.
+        self._densities: dict[tuple[int | None, int], Tensor] = {}
+        self._known: weakref.WeakKeyDictionary[Blocks, float] = weakref.WeakKeyDictionary()
         self._layout_of = layout_of
         self._scheduler = scheduler
         self._timesteps: Any = None
@@ -96,6 +104,13 @@ class Engine:
         self._said: set[str] = set()
         self._number = next(_numbers)
         _engines[self._number] = self
+
+    @property
+    def stats(self) -> RunStats:
+        """What the current or last pipeline call did."""
+        self._stats.density.update((at, float(kept)) for at, kept in self._densities.items())
+        self._densities.clear()
+        return self._stats
 
     # -- once per forward ----------------------------------------------------------------------
 
@@ -123,7 +138,7 @@ class Engine:
             fresh = previous.sigma is None or context.sigma > previous.sigma
         if fresh:
             context.run += 1
-            self.stats = RunStats()
+            self._stats, self._densities = RunStats(), {}
         elif (context.step, context.sigma) == (previous.step, previous.sigma):
             context.branch = previous.branch + 1
         self.enter(context)
@@ -201,14 +216,14 @@ class Engine:
             text = layout.text_before + text_after
             planned = self.planner.lookup(layer, layout, text, q.device, heads)
             if not isinstance(planned, str):
-                return self._sparse(q, k, v, layer, planned, layout)
+                return self._sparse(q, k, v, layer, planned, layout, text)
             reason = planned
         self._count_dense(reason)
         keys = layout.tokens - layout.text_after + text_after
         k, v = k[:, :keys], v[:, :keys]
         if self.planner.watches(layer):
             with self._clock("calibrate", q):
-                self.planner.observe(layer, q, k, layout)
+                self.planner.observe(layer, q, k, v, layout)
         with self._clock("dense", q):
             return _dense_attention(q, k, v, backend)
 
@@ -220,32 +235,58 @@ class Engine:
         layer: int,
         planned: Planned | Windowed,
         layout: TokenLayout,
+        text: int,
     ) -> Tensor:
         with self._clock("sparse", q):
             if isinstance(planned, Windowed):
                 out = natten.run(q, k, v, planned.windows)
-                self.stats.carrier = "natten"
+                self._stats.carrier = "natten"
+                self._stats.density[self.context.step, layer] = planned.density
             else:
-                out = self._block_sparse(q, k, v, planned, layout)
-        self.stats.sparse += 1
-        self.stats.density[self.context.step, layer] = planned.density
+                out = self._block_sparse(q, k, v, layer, planned, layout, text)
+        self._stats.sparse += 1
         return out
 
     def _block_sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, planned: Planned, layout: TokenLayout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: int,
+        planned: Planned,
+        layout: TokenLayout,
+        text: int,
     ) -> Tensor:
-        order, blocks, _ = planned
+        order, blocks, pooled, real = planned
         q, k, v = (order.reorder(x, layout) for x in (q, k, v))
-        k, v = k[:, : blocks.kv_len], v[:, : blocks.kv_len]
-        if not self.stats.carrier:
-            self.stats.carrier = choose(q, k, v, blocks, impl=self.impl)
-        out = block_sparse_attention(q, k, v, blocks, precision=self.precision, impl=self.impl)
+        # Behind the video (and its padding places) stand the text tokens that are attended to.
+        keys = k.shape[1] - layout.text + text
+        k, v = k[:, :keys], v[:, :keys]
+        scores = None
+        if not isinstance(blocks, Blocks):
+            blocks, scores = blocks(q, k)
+        self._note_density(layer, blocks)
+        if not self._stats.carrier:
+            self._stats.carrier = choose(q, k, v, blocks, impl=self.impl)
+        tail = self.tail.make(q, k, v, blocks, pooled=pooled, real=real, scores=scores)
+        out = block_sparse_attention(
+            q, k, v, blocks, tail=tail, precision=self.precision, impl=self.impl
+        )
         return order.restore(out, layout)
 
     # -- book-keeping --------------------------------------------------------------------------
 
+    def _note_density(self, layer: int, blocks: Blocks) -> None:
+        at = self.context.step, layer
+        if blocks.device.type != "cpu" and blocks not in self._known:
+            self._densities[at] = blocks.kept()
+            return
+        if blocks not in self._known:
+            self._known[blocks] = blocks.density()
+        self._stats.density[at] = self._known[blocks]
+
     def _count_dense(self, reason: str) -> None:
-        self.stats.dense[reason] = self.stats.dense.get(reason, 0) + 1
+        self._stats.dense[reason] = self._stats.dense.get(reason, 0) + 1
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
@@ -265,7 +306,7 @@ class Engine:
         yield
         if not on_cpu:
             torch.accelerator.synchronize()
-        seconds = self.stats.seconds
+        seconds = self._stats.seconds
         seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
 
 

@@ -16,8 +16,10 @@ from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
 from gen_accel.plan import AttentionPlan, PlanError
-from gen_accel.planner import CalibratedPlanner, Planner
+from gen_accel.planner.base import Planner
+from gen_accel.planner.calibrated import CalibratedPlanner
 from gen_accel.processors import Policy
+from gen_accel.recorder import Measurement
 
 log = logging.getLogger("gen_accel")
 
@@ -113,9 +115,9 @@ class Handle:
             parts[component.name] = part
             heads = component.heads
             for layer in part.layers.values():
-                if len(layer.orders.heads) != heads:
+                if layer.masks.shape[1] != heads:
                     raise PlanError(
-                        f"this rank calibrated {len(layer.orders.heads)} of {heads} heads: make "
+                        f"this rank calibrated {layer.masks.shape[1]} of {heads} heads: make "
                         "the plan in one process and give it to all ranks as plan=..."
                     )
         recorder = first.recorder
@@ -125,7 +127,7 @@ class Handle:
             block=recorder.block,
             density=recorder.measurement.density,
             components=parts,
-            info=_provenance(recorder.measurement, "during a run", recorder.seconds),
+            info=provenance(recorder.measurement, "during a run", recorder.seconds),
         )
 
     def stats(self) -> dict[str, RunStats]:
@@ -218,6 +220,7 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
             planner=planner,
             layout_of=family.layout,
             scheduler=scheduler,
+            tail=processor.tail_setting(),
             precision=processor.precision,
             impl=processor.impl,
             profile=profile,
@@ -295,7 +298,8 @@ def _set(module: Any, processor: Any) -> None:
         module.processor = processor
 
 
-def _provenance(measurement: Any, how: str, seconds: float) -> dict[str, Any]:
+def provenance(measurement: Measurement, how: str, seconds: float) -> dict[str, Any]:
+    """The ``info`` of a plan: what it was measured with, how, and how long that took."""
     import diffusers
     import torch
 
@@ -304,7 +308,7 @@ def _provenance(measurement: Any, how: str, seconds: float) -> dict[str, Any]:
     return {
         "calibrated": how,
         "criterion": measurement.criterion,
-        "reorder": measurement.reorder,
+        "order": measurement.order,
         "rows_per_block": measurement.rows_per_block,
         "seconds": round(seconds, 3),
         "versions": {

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import TokenGrid, TokenLayout
-from gen_accel.order.axis import AxisOrder, axis_order
+from gen_accel.order.axis import AXIS_ORDERS, AxisOrder, axis_order
+from gen_accel.order.curve import CurveOrder
 
 FORMAT = "gen_accel.plan"
-VERSION = 1
+VERSION = 2  # 1: axis orders only, which is still written where it is enough
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -38,18 +39,28 @@ class LayerPlan:
     """One layer: an order per head, and per step group the video blocks each head keeps.
 
     Attributes:
-        orders: Axis order of each head.
+        orders: Axis order of each head, or the curve they share.
         masks: bool ``[groups, heads, n, n]`` on the CPU, ``n`` whole video blocks.
         mass_kept: Softmax mass the kept blocks hold, one number per step group, 0..1.
     """
 
-    orders: AxisOrder
+    orders: AxisOrder | CurveOrder
     masks: Tensor
     mass_kept: tuple[float, ...]
 
+    @property
+    def order_names(self) -> list[str]:
+        """Name of each head's order."""
+        if isinstance(self.orders, AxisOrder):
+            return [AXIS_ORDERS[order] for order in self.orders.heads]
+        return ["curve"] * self.masks.shape[1]
+
     def heads(self, heads: slice) -> LayerPlan:
         """The same layer for some of its heads (tensor and context parallelism)."""
-        return LayerPlan(AxisOrder(self.orders.heads[heads]), self.masks[:, heads], self.mass_kept)
+        orders = self.orders
+        if isinstance(orders, AxisOrder):
+            orders = AxisOrder(orders.heads[heads])
+        return LayerPlan(orders, self.masks[:, heads], self.mass_kept)
 
     def blocks(
         self, group: int, layout: TokenLayout, block: int, device: torch.device, text: int
@@ -125,6 +136,13 @@ class AttentionPlan:
         )
         return f"AttentionPlan({self.grid}, block={self.block}, density={self.density}, {parts})"
 
+    @property
+    def order(self) -> str:
+        """``"axis"``, or ``"curve"``."""
+        layers = [p for c in self.components.values() for p in c.layers.values()]
+        curve = layers and all(isinstance(p.orders, CurveOrder) for p in layers)
+        return "curve" if curve else "axis"
+
     def mass_kept(self) -> float:
         """Mean softmax mass that the kept blocks hold, over components, layers and groups."""
         kept = [m for c in self.components.values() for p in c.layers.values() for m in p.mass_kept]
@@ -162,7 +180,9 @@ class AttentionPlan:
             layers = sorted(component.layers)
             for layer in layers:
                 plan = component.layers[layer]
-                tensors[f"{name}.{layer}.orders"] = np.asarray(plan.orders.heads, dtype=np.uint8)
+                if isinstance(plan.orders, AxisOrder):
+                    orders = np.asarray(plan.orders.heads, dtype=np.uint8)
+                    tensors[f"{name}.{layer}.orders"] = orders
                 tensors[f"{name}.{layer}.masks"] = np.packbits(plan.masks.numpy().reshape(-1))
             parts[name] = {
                 "model": component.model,
@@ -175,15 +195,17 @@ class AttentionPlan:
                     for layer in layers
                 },
             }
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 1 if self.order == "axis" else VERSION,
             "grid": list(self.grid),
             "block": self.block,
             "density": self.density,
             "components": parts,
             "info": self.info,
         }
+        if self.order != "axis":
+            header["order"] = self.order
         header["digest"] = _digest(header, tensors)
         path = Path(path)
         data = save(tensors, metadata={FORMAT: json.dumps(header)})
@@ -218,10 +240,10 @@ class AttentionPlan:
             raise PlanError(f"plan {path}: not a readable plan file ({error})") from error
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise PlanError(f"plan {path}: a safetensors file, but not one that gen_accel wrote")
-        if header.get("version") != VERSION:
+        if header.get("version") not in range(1, VERSION + 1):
             raise PlanError(
                 f"plan {path}: format version {header.get('version')}, this gen_accel reads "
-                f"{VERSION}; update gen_accel or calibrate again"
+                f"1 to {VERSION}; update gen_accel or calibrate again"
             )
         if header.pop("digest", None) != _digest(header, tensors):
             raise PlanError(f"plan {path}: damaged (checksum differs); calibrate again")
@@ -234,26 +256,26 @@ class AttentionPlan:
     def _from_parts(cls, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> AttentionPlan:
         grid, block = TokenGrid(*header["grid"]), int(header["block"])
         video = grid.numel // block
+        order = header.get("order", "axis")
+        if order not in ("axis", "curve"):
+            raise ValueError(f"order {order!r} is unknown")
         components = {}
         for name, part in header["components"].items():
             component = ComponentPlan(part["model"], tuple(part["sigmas"]))
             for layer, entry in part["layers"].items():
                 groups, heads, rows, cols = entry["shape"]
-                orders = tensors[f"{name}.{layer}.orders"]
-                if [groups, heads, rows, cols] != [
-                    len(component.sigmas),
-                    len(orders),
-                    video,
-                    video,
-                ]:
+                orders: AxisOrder | CurveOrder = CurveOrder()
+                known = heads
+                if order == "axis":
+                    orders = axis_order(tensors[f"{name}.{layer}.orders"].tolist())
+                    known = len(orders.heads)
+                if [groups, heads, rows, cols] != [len(component.sigmas), known, video, video]:
                     raise ValueError(f"layer {layer} of {name} does not fit grid {grid}")
                 bits = np.unpackbits(
                     tensors[f"{name}.{layer}.masks"], count=groups * heads * rows * cols
                 )
                 masks = torch.from_numpy(bits.astype(bool)).view(groups, heads, rows, cols)
-                component.layers[int(layer)] = LayerPlan(
-                    axis_order(orders.tolist()), masks, tuple(entry["mass_kept"])
-                )
+                component.layers[int(layer)] = LayerPlan(orders, masks, tuple(entry["mass_kept"]))
             components[name] = component
         return cls(grid, block, float(header["density"]), components, header["info"])
 

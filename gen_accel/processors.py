@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from gen_accel import natten
 from gen_accel.kernels.api import check_options
-from gen_accel.plan import AttentionPlan
-from gen_accel.planner import CalibratedPlanner, Planner, WindowPlanner, WindowSetting
+from gen_accel.order.curve import CurveOrder
+from gen_accel.order.raster import RasterOrder
+from gen_accel.plan import BLOCK_SIZES, AttentionPlan
+from gen_accel.planner.base import Planner
+from gen_accel.planner.calibrated import CalibratedPlanner
+from gen_accel.planner.every import EveryPlanner
+from gen_accel.planner.pooled import PooledPlanner
+from gen_accel.planner.window import WindowPlanner, WindowSetting
 from gen_accel.recorder import Measurement
 from gen_accel.schedule import Schedule
+from gen_accel.select.gna import RIMS
+from gen_accel.select.pooled import PooledSetting
+from gen_accel.select.presets import spaattn_preset
+from gen_accel.tail import TailSetting
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -28,6 +38,9 @@ class Policy:
         min_tokens: Shorter sequences stay dense.
         precision: Numbers the carrier computes in: ``"auto"`` (the model's), ``"fp32"``,
             ``"bf16"``, ``"fp16"``.
+        tail: What stands in for the blocks that were dropped: ``"drop"`` (nothing),
+            ``"rectified"``, ``"rectified+gapr"``, ``"joint"``, ``"joint/8"`` (a stand-in per 8
+            keys), ``"joint+variance"``, or a `gen_accel.tail.TailSetting`.
         impl: Carrier; ``"auto"`` picks the fastest that runs here.
         grid: Token grid ``(frames, height, width)`` after patchify, needed only when the processor
             is set on a transformer directly, where the grid cannot be seen.
@@ -37,6 +50,7 @@ class Policy:
     dense_last_steps: float = 0.0
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 4096
+    tail: str | TailSetting = "drop"
     precision: str = "auto"
     impl: str = "auto"
     grid: tuple[int, int, int] | None = None
@@ -50,6 +64,7 @@ class Policy:
     def __post_init__(self) -> None:
         self.dense_layers = tuple(self.dense_layers)
         self.schedule()
+        self.tail_setting()
         check_options(self.precision, self.impl, self._libraries)
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ValueError(f"grid={self.grid}: give (frames, height, width), each at least 1")
@@ -65,6 +80,10 @@ class Policy:
     def schedule(self) -> Schedule:
         """Which calls stay dense."""
         return Schedule(self.dense_steps, self.dense_last_steps, self.dense_layers, self.min_tokens)
+
+    def tail_setting(self) -> TailSetting:
+        """What stands in for hidden blocks."""
+        return TailSetting.parse(self.tail)
 
     def planner(
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
@@ -122,7 +141,8 @@ class ParoProcessor(Policy):
         density: Share of the video-to-video blocks to keep, in (0, 1]. Text is always attended to.
         plan: An `AttentionPlan` or the path of one; None calibrates during the run.
         block: Tokens per block (16, 32, 64, 128); None picks by length.
-        reorder: False keeps raster order, for comparison.
+        order: ``"axis"``, the paper's, one of six for each head; ``"curve"``, a space-filling curve
+            for all; ``"raster"``, the model's own, for comparison.
         criterion: How an order is chosen, ``"mass"`` or ``"paper"``.
         rows_per_block: Query rows sampled per block when calibrating; None takes all.
 
@@ -132,7 +152,7 @@ class ParoProcessor(Policy):
     density: float = 0.3
     plan: AttentionPlan | str | os.PathLike[str] | None = None
     block: int | None = None
-    reorder: bool = True
+    order: str = "axis"
     criterion: str = "mass"
     rows_per_block: int | None = 16
 
@@ -145,7 +165,7 @@ class ParoProcessor(Policy):
     def measurement(self) -> Measurement:
         """How to calibrate."""
         return Measurement(
-            self.density, self.block, self.reorder, self.criterion, self.rows_per_block
+            self.density, self.block, self.order, self.criterion, self.rows_per_block
         )
 
     def planner(  # noqa: D102
@@ -181,6 +201,8 @@ class GnaProcessor(Policy):
         block: Places per tile; None takes the tile's volume.
         border: ``"shift"``, GNA's rule, or ``"snap"``, which stays block-sparse on ragged grids and
             is not GNA.
+        rim: ``"mask"``, GNA; ``"whole"`` sees the blocks that a window touches whole. None: whole
+            where a tail stands in for the rest, for then dense attention is what is wanted.
         impl: Also ``"natten"``: NATTEN's kernels, where it is installed with them, for calls on
             CUDA without text and with one window for all heads.
 
@@ -197,6 +219,7 @@ class GnaProcessor(Policy):
     tile: str | Sequence[int] = "auto"
     block: int | None = None
     border: str = "shift"
+    rim: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,10 +229,14 @@ class GnaProcessor(Policy):
             )
         if isinstance(self.window, str) and self.window != "auto":
             raise ValueError(f"window={self.window!r}: give sizes per axis, Windows, or 'auto'")
+        if self.rim not in (None, *RIMS):
+            raise ValueError(f"rim={self.rim!r}: choose from {', '.join(map(repr, RIMS))}, or None")
         if self.impl == "natten":
             for name, given, only in (
                 ("precision", self.precision, "auto"),
                 ("border", self.border, "shift"),
+                ("tail", self.tail_setting().kind, "drop"),
+                ("rim", self.rim or "mask", "mask"),
             ):
                 if given != only:
                     raise ValueError(
@@ -219,10 +246,176 @@ class GnaProcessor(Policy):
     def planner(  # noqa: D102
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
     ) -> Planner:
-        setting = WindowSetting(**{f.name: getattr(self, f.name) for f in fields(WindowSetting)})
+        settings = {f.name: getattr(self, f.name) for f in fields(WindowSetting)}
+        settings["rim"] = self.rim or ("mask" if self.tail_setting().kind == "drop" else "whole")
+        setting = WindowSetting(**settings)
         if self.impl == "natten" and (reason := natten.missing()):  # before the dense steps
             raise ValueError(f"impl='natten': {reason}")
         return WindowPlanner(setting, layers, lists=self.impl != "natten")
+
+
+_SHARED_ORDERS = {"curve": CurveOrder, "raster": RasterOrder}
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SpaAttnProcessor(Policy):
+    """Rectified SpaAttn: blocks chosen per call from pooled means, the rest compensated.
+
+    After arXiv 2511.19835; our reconstruction from the authors' public code, with its faults mended
+    (docs/methods.md lists them). Tokens stand on a space-filling curve. `preset` has the authors'
+    settings of each model.
+
+    Args:
+        density: Share of the video key blocks that every query block chooses, in (0, 1]; or pairs
+            ``(from, density)`` over the run. The authors' "drop rate" is one minus that.
+        top_p: Also choose until this share of the estimated mass is reached.
+        block: Tokens per block; None picks by length, the authors have 128.
+        order: ``"curve"``, or ``"raster"`` for comparison.
+        parts: Means per block that the scores are made of; 1 is the authors'.
+        budget: ``"row"``, the authors'; ``"layer"``, all rows and heads of a call share one.
+        neighbours: Always see blocks that hold a neighbour of one's own tokens.
+        first_frame: Blocks with tokens of the first frame see each other.
+        inside: Neighbours count towards the density; the authors' come on top.
+        refresh: Denoising steps that share their lists.
+
+    The other arguments are those of `Policy`; ``tail`` is ``"rectified+gapr"`` here.
+    """
+
+    density: float | Sequence[tuple[float, float]] = 0.25
+    top_p: float = 0.3
+    block: int | None = None
+    order: str = "curve"
+    parts: int = 1
+    budget: str = "row"
+    neighbours: bool = True
+    first_frame: bool = False
+    inside: bool = False
+    refresh: int = 1
+    tail: str | TailSetting = "rectified+gapr"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pooled_setting()
+        _check_block(self.block)
+        if self.order not in _SHARED_ORDERS:
+            raise ValueError(f"order={self.order!r}: choose 'curve' or 'raster'")
+
+    @classmethod
+    def preset(cls, model: str, **changes: Any) -> SpaAttnProcessor:
+        """The authors' setting of a model, e.g. ``"wan2.1-t2v-14b"``.
+
+        Args:
+            model: One of `gen_accel.select.presets.SPAATTN`.
+            **changes: Settings to change.
+
+        Raises:
+            ValueError: There is no such preset; the message lists them.
+        """
+        return cls(**{**spaattn_preset(model), **changes})
+
+    def pooled_setting(self) -> PooledSetting:
+        """How blocks are chosen."""
+        names = [f.name for f in fields(PooledSetting) if hasattr(self, f.name)]
+        return PooledSetting(**{name: getattr(self, name) for name in names})
+
+    def planner(  # noqa: D102
+        self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
+    ) -> Planner:
+        order = _SHARED_ORDERS[self.order]()
+        return PooledPlanner(self.pooled_setting(), order, self.block, layers)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SparseProcessor(Policy):
+    """Any order, with any selection, with any tail. The defaults are what measured best.
+
+    Args:
+        order: ``"curve"``, ``"raster"``, ``"axis"`` (with static selection) or ``"tile"`` (with
+            windows).
+        select: ``"static"``, masks calibrated in the dense first steps; ``"pooled"``, chosen per
+            call; ``"window"``, geometry; ``"all"``, no block is dropped.
+        density: Share of the video blocks to see, in (0, 1].
+        block: Tokens per block; None picks by length.
+        plan: Of static selection: an `AttentionPlan` or the path of one; None calibrates.
+        parts: Of pooled selection: means per block that the scores are made of.
+        budget: Of pooled selection: ``"row"`` or ``"layer"``, see
+            `gen_accel.select.pooled.PooledSetting`.
+        refresh: Of pooled selection: denoising steps that share their lists.
+
+    The other arguments are those of `Policy`.
+    """
+
+    order: str = "curve"
+    select: str = "static"
+    density: float = 0.2
+    block: int | None = None
+    plan: AttentionPlan | str | os.PathLike[str] | None = None
+    parts: int = 4
+    budget: str = "row"
+    refresh: int = 1
+    tail: str | TailSetting = "joint"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select not in _MIXTURES:
+            raise ValueError(f"select={self.select!r}: choose {', '.join(map(repr, _MIXTURES))}")
+        if self.order not in _MIXTURES[self.select]:
+            raise ValueError(
+                f"order={self.order!r} with select={self.select!r}: its orders are "
+                f"{', '.join(map(repr, _MIXTURES[self.select]))}"
+            )
+        if self.plan is not None and self.select != "static":
+            raise ValueError(f"plan=... with select={self.select!r}: only static masks have a plan")
+        _check_block(self.block)
+        self._as_policy()
+
+    def _as_policy(self) -> Policy:
+        """The policy that does this."""
+        shared = {f.name: getattr(self, f.name) for f in fields(Policy) if f.init}
+        shared["tail"] = self.tail
+        if self.select == "static":
+            return ParoProcessor(
+                order=self.order, density=self.density, block=self.block, plan=self.plan, **shared
+            )
+        if self.select == "window":
+            return GnaProcessor(density=self.density, block=self.block, **shared)
+        return SpaAttnProcessor(
+            order=self.order,
+            density=self.density,
+            block=self.block,
+            parts=self.parts,
+            budget=self.budget,
+            refresh=self.refresh,
+            top_p=0.0,
+            inside=True,
+            **shared,
+        )
+
+    def load_plan(self) -> AttentionPlan | None:
+        """The plan to execute, read from its file when it was given as a path."""
+        return self._as_policy().load_plan()
+
+    def planner(  # noqa: D102
+        self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
+    ) -> Planner:
+        if self.select == "all":
+            return EveryPlanner(self.block, layers)
+        return self._as_policy().planner(name, model, layers, plan)
+
+
+_MIXTURES = {
+    "static": ("axis", "curve", "raster"),
+    "pooled": ("curve", "raster"),
+    "window": ("tile",),
+    "all": ("raster",),
+}
+
+
+def _check_block(block: int | None) -> None:
+    if block is not None and block not in BLOCK_SIZES:
+        raise ValueError(
+            f"block={block}: choose one of {', '.join(map(str, BLOCK_SIZES))}, or None"
+        )
 
 
 def _add_pipeline_method() -> None:

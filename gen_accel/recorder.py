@@ -12,10 +12,12 @@ from torch import Tensor
 from gen_accel.kernels.mass import block_mass, order_statistics
 from gen_accel.layout import TokenLayout
 from gen_accel.order.axis import RASTER, AxisOrder, axis_order, axis_permutation, candidate_orders
+from gen_accel.order.curve import CurveOrder
 from gen_accel.plan import BLOCK_SIZES, LayerPlan, default_block_size
 from gen_accel.select.static import keep_blocks, paper_eps, score_by_mass, score_by_paper
 
 CRITERIA = ("mass", "paper")
+ORDERS = ("axis", "raster", "curve")
 _ORDER_ROWS = 1024  # enough to tell orders apart: see docs/methods.md
 
 
@@ -26,7 +28,8 @@ class Measurement:
     Args:
         density: Share of the video-to-video blocks to keep, in (0, 1].
         block: Tokens per block, 16, 32, 64 or 128; None picks `default_block_size`.
-        reorder: Choose an axis order per head; False keeps raster order (an ablation).
+        order: ``"axis"``, an axis order per head is measured too; ``"raster"`` or ``"curve"``, all
+            heads have that one.
         criterion: ``"mass"`` keeps the order whose heaviest blocks hold the most softmax mass;
             ``"paper"`` is PAROAttention's score.
         rows_per_block: Query rows sampled per block when masses are measured; None takes all.
@@ -34,7 +37,7 @@ class Measurement:
 
     density: float = 0.3
     block: int | None = None
-    reorder: bool = True
+    order: str = "axis"
     criterion: str = "mass"
     rows_per_block: int | None = 16
 
@@ -42,6 +45,11 @@ class Measurement:
         if not 0 < self.density <= 1:
             raise ValueError(
                 f"density={self.density}: the kept share lies in (0, 1]; 0.3 keeps 30 % of them"
+            )
+        if self.order not in ORDERS:
+            raise ValueError(
+                f"order={self.order!r}: static masks stand in one of "
+                f"{', '.join(map(repr, ORDERS))}; windows have tile order"
             )
         if self.block is not None and self.block not in BLOCK_SIZES:
             raise ValueError(
@@ -78,11 +86,12 @@ class Recorder:
                 f"block={self.block}: grid {self.grid} has {self.grid.numel} tokens and needs at "
                 "least two blocks; choose a smaller block"
             )
-        self.candidates = candidate_orders(self.grid) if measurement.reorder else (RASTER,)
+        axis = measurement.order == "axis"
+        self.candidates = candidate_orders(self.grid) if axis else (RASTER,)
         self.seconds = 0.0
         self.calls = 0
         self._scores: dict[int, Tensor] = {}
-        self._orders: dict[int, AxisOrder] = {}
+        self._orders: dict[int, AxisOrder | CurveOrder] = {}
         self._mass: dict[int, Tensor] = {}
         self._seen: dict[int, Tensor] = {}
 
@@ -102,7 +111,7 @@ class Recorder:
         if len(self.candidates) == 1:
             return
         started = time.perf_counter()
-        q, k = _video_first(q, layout), _video_first(k, layout)
+        q, k = video_first(q, layout), video_first(k, layout)
         video = self.grid.numel
         permutations = torch.stack([axis_permutation(self.grid, o) for o in self.candidates])
         # Random rows: evenly spaced ones would alias with the width of the grid.
@@ -135,7 +144,7 @@ class Recorder:
         order = self._orders[layer]
         mass = block_mass(
             order.reorder(q, layout),
-            _reorder_keys(order, k, layout),
+            reorder_keys(order, k, layout),
             block=self.block,
             blocks=self.blocks,
             rows_per_block=self.measurement.rows_per_block,
@@ -164,7 +173,9 @@ class Recorder:
             kept.append(1.0 - float((mean * ~keep).sum(-1).mean()))
         return LayerPlan(self._orders[layer], torch.stack(masks), tuple(kept))
 
-    def _choose(self, layer: int, heads: int) -> AxisOrder:
+    def _choose(self, layer: int, heads: int) -> AxisOrder | CurveOrder:
+        if self.measurement.order == "curve":
+            return CurveOrder()
         if len(self.candidates) == 1:
             return axis_order([self.candidates[0]] * heads)
         best = self._scores[layer].argmax(-1)
@@ -179,14 +190,15 @@ class Recorder:
             )
 
 
-def _video_first(x: Tensor, layout: TokenLayout) -> Tensor:
+def video_first(x: Tensor, layout: TokenLayout) -> Tensor:
+    """The text in front of the video put behind it."""
     if not layout.text_before:
         return x
     end = layout.text_before + layout.grid.numel
     return torch.cat([x[:, layout.text_before : end], x[:, : layout.text_before], x[:, end:]], 1)
 
 
-def _reorder_keys(order: AxisOrder, k: Tensor, layout: TokenLayout) -> Tensor:
+def reorder_keys(order: AxisOrder | CurveOrder, k: Tensor, layout: TokenLayout) -> Tensor:
     """Reorder keys that were cut behind the last valid text token."""
     cut = layout.tokens - k.shape[1]
     return order.reorder(k, TokenLayout(layout.grid, layout.text_before, layout.text_after - cut))

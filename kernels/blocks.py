@@ -143,6 +143,7 @@ class Blocks:
         block_size: int | tuple[int, int],
         partial: Tensor | None = None,
         mask_mod: MaskMod | None = None,
+        width: int | None = None,
     ) -> Blocks:
         """Build the lists from block masks.
 
@@ -153,6 +154,8 @@ class Blocks:
             block_size: Tokens per block, one number or (query, key).
             partial: bool, same shape, blocks attended through ``mask_mod``; disjoint from ``full``.
             mask_mod: Element rule of the partial blocks.
+            width: Length of the lists, at least that of the longest; None finds it, for which a GPU
+                has to be waited for.
         """
         block_q, block_kv = (block_size, block_size) if isinstance(block_size, int) else block_size
         num_q, num_kv = -(-q_len // block_q), -(-kv_len // block_kv)
@@ -161,13 +164,13 @@ class Blocks:
                 f"block mask {tuple(full.shape)}: q_len={q_len}, kv_len={kv_len} in blocks of "
                 f"{block_q}x{block_kv} need [B|1, H|1, {num_q}, {num_kv}]"
             )
-        counts, lists = _to_lists(full)
+        counts, lists = _to_lists(full, width)
         blocks = cls(counts, lists, q_len, kv_len, block_q, block_kv)
         if partial is None or not bool(partial.any()):
             return blocks
         if bool((partial & full).any()):
             raise ValueError("a block is listed as full and as partial; it can be one of them")
-        counts, lists = _to_lists(partial)
+        counts, lists = _to_lists(partial, width)
         return replace(blocks, kv_num_blocks=counts, kv_indices=lists, mask_mod=mask_mod)
 
     def mask(self, which: str = "all") -> Tensor:
@@ -180,12 +183,16 @@ class Blocks:
         partial = _to_mask(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
         return partial if which == "partial" else full | partial
 
-    def density(self) -> float:
-        """Kept share of all (query block, key block) pairs, partial blocks counted whole."""
+    def kept(self) -> Tensor:
+        """`density` as a 0-D tensor where the lists are, for which nothing has to be waited for."""
         kept = self.full_kv_num_blocks.double().mean()
         if self.kv_num_blocks is not None:
             kept = kept + self.kv_num_blocks.double().mean()
-        return float(kept) / self.num_kv_blocks
+        return kept / self.num_kv_blocks
+
+    def density(self) -> float:
+        """Kept share of all (query block, key block) pairs, partial blocks counted whole."""
+        return float(self.kept())
 
     def to(self, device: torch.device | str) -> Blocks:
         """The same lists on another device."""
@@ -199,9 +206,10 @@ class Blocks:
         )
 
 
-def _to_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _to_lists(mask: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     counts = mask.sum(-1, dtype=torch.int32)
-    width = max(1, int(counts.max())) if counts.numel() else 1
+    if width is None:
+        width = max(1, int(counts.max())) if counts.numel() else 1
     # A stable descending sort of 0/1 puts the kept indices first, in ascending order.
     order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
     return counts, order[..., :width].to(torch.int32).contiguous()

@@ -80,7 +80,7 @@ def test_prompts_may_be_whole_calls():
 
 def test_raster_is_an_ablation():
     pipe, prompt, call = make(tiny.tiny_flux)
-    plan = calibrate(pipe, prompt, groups=1, reorder=False, **call)
+    plan = calibrate(pipe, prompt, groups=1, order="raster", **call)
     assert {o for p in plan.components["transformer"].layers.values() for o in p.orders.heads} == {
         0
     }

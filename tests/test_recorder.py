@@ -29,7 +29,7 @@ def test_orders_and_masks_of_planted_heads(before, after):
     assert plan.masks.float().mean() == pytest.approx(0.3, abs=1e-3)
     assert 0.9 < plan.mass_kept[0] < 1
 
-    raster = Recorder(layout, Measurement(density=0.3, block=32, reorder=False))
+    raster = Recorder(layout, Measurement(density=0.3, block=32, order="raster"))
     raster.observe_mass(0, q, k, layout)
     flat = raster.layer_plan(0)
     assert flat.orders == axis_order([0] * 6)

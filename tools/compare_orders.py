@@ -25,7 +25,7 @@ from gen_accel.eval.harness import append_rows, result_row
 from gen_accel.kernels.mass import block_mass, order_statistics
 from gen_accel.layout import TokenLayout
 from gen_accel.order.axis import AXIS_ORDERS, axis_order, axis_permutation
-from gen_accel.recorder import Measurement, Recorder, _reorder_keys, _video_first
+from gen_accel.recorder import Measurement, Recorder, reorder_keys, video_first
 from gen_accel.select.static import keep_blocks, mass_kept, paper_eps, score_by_mass, score_by_paper
 
 CRITERIA: dict[str, Callable[..., Tensor]] = {
@@ -52,7 +52,7 @@ class Capture:
         with apply(pipe, ParoProcessor(dense_steps=1.0, min_tokens=0)) as handle:
             engine = handle.components[0].engine
 
-            def observe(layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+            def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
                 if engine.context.step % self.every == 0:
                     self.observe(layer, q, k, layout)
 
@@ -62,7 +62,7 @@ class Capture:
                 pipe(prompt=prompt, generator=generator, output_type="latent", **call)
         return self
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
         """Add one attention call."""
         recorder = Recorder(layout, self.measurement)
         self.block, self.candidates, video = recorder.block, recorder.candidates, layout.grid.numel
@@ -71,7 +71,7 @@ class Capture:
             masses = []
             for candidate in self.candidates:
                 order = axis_order([candidate] * q.shape[2])
-                ordered = order.reorder(q, layout), _reorder_keys(order, k, layout)
+                ordered = order.reorder(q, layout), reorder_keys(order, k, layout)
                 masses.append(
                     block_mass(
                         *ordered, block=self.block, blocks=recorder.blocks, rows_per_block=rows
@@ -79,8 +79,8 @@ class Capture:
                 )
             self.mass[layer, rows] = self.mass.get((layer, rows), 0) + torch.stack(masses, 1)
         stats = order_statistics(
-            _video_first(q, layout),
-            _video_first(k, layout),
+            video_first(q, layout),
+            video_first(k, layout),
             torch.stack([axis_permutation(layout.grid, o) for o in self.candidates]),
             block=self.block,
             rows=torch.randperm(video)[:1024],

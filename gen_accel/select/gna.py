@@ -16,9 +16,10 @@ from gen_accel.kernels.blocks import Blocks, Intervals, MaskMod
 from gen_accel.layout import TokenGrid
 from gen_accel.order.tile import TileOrder
 from gen_accel.order.tiling import Axis, group_lengths
-from gen_accel.select.window import AxisWindow, Window, tile_ranges
+from gen_accel.select.window import WHOLE, AxisWindow, Window, tile_ranges
 
 BORDERS = ("shift", "snap")
+RIMS = ("mask", "whole")
 _NOWHERE = 2**30  # coordinate of a padded key: beyond every window
 _MASK_COST = 1.5  # of a partial block against a full one, as NATTEN's kernels measure it
 
@@ -33,6 +34,7 @@ def gna_plan(
     tile: str | Sequence[int] = "auto",
     block: int | None = None,
     border: str = "shift",
+    rim: str = "mask",
     text: int = 0,
     text_keys: int | None = None,
     device: torch.device | str = "cpu",
@@ -59,6 +61,8 @@ def gna_plan(
         border: ``"shift"``, GNA's rule; or ``"snap"``, *not* GNA: windows are shifted inwards at
             the tile edge behind the border instead of at the border, so that they stay
             block-sparse where the tile does not divide the axis.
+        rim: ``"mask"``, the window; or ``"whole"``, *not* GNA: blocks that a window touches are
+            seen whole, which approximates dense attention best and needs no masks.
         text: Text tokens in the sequence, padding included.
         text_keys: How many of them are real, counted from the first; None means all.
         device: Where the lists and the tables of the element rule live.
@@ -71,6 +75,8 @@ def gna_plan(
     """
     if border not in BORDERS:
         raise ValueError(f"border={border!r}: choose from {', '.join(map(repr, BORDERS))}")
+    if rim not in RIMS:
+        raise ValueError(f"rim={rim!r}: choose from {', '.join(map(repr, RIMS))}")
     text_keys = text if text_keys is None else text_keys
     if not 0 <= text_keys <= text:
         raise ValueError(f"text_keys={text_keys}: between 0 and text={text}")
@@ -81,7 +87,8 @@ def gna_plan(
         windows = [replace(w, snap=shape) for w in windows]
     frames, height, width = (axis.dilation for axis in windows[0].axes)
     order = TileOrder(shape, (frames, height, width), block)
-    return order, _blocks(order, video, windows, text, text_keys, torch.device(device))
+    whole = rim == "whole"
+    return order, _blocks(order, video, windows, whole, text, text_keys, torch.device(device))
 
 
 def auto_tile(
@@ -185,6 +192,7 @@ def _blocks(
     order: TileOrder,
     grid: TokenGrid,
     windows: list[Window],
+    whole: bool,
     text: int,
     text_keys: int,
     device: torch.device,
@@ -198,6 +206,8 @@ def _blocks(
         ranges = [tile_ranges(axis, tile) for axis, tile in zip(window.axes, order.tile)]
         touched[head, :tiles, :tiles] = _box([(r.first, r.stop) for r in ranges])
         full[head, :tiles, :tiles] = _box([(r.full_first, r.full_stop) for r in ranges])
+    if whole:
+        full, windows = touched.copy(), [Window(tuple(grid), WHOLE)]
     padded = (coordinates[0] < 0).reshape(tiles, lanes).any(1)
     full[:, :, :tiles] &= ~padded
     return Blocks.from_mask(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gen_accel.select.window import WHOLE, Window
 
@@ -71,6 +71,32 @@ PRESETS: tuple[Preset, ...] = (
     *_ours("flux 2048x2048", (1, 128, 128), (1, 16, 8),
            ((WHOLE, 64, 64), (1, 32, 16)), ((WHOLE, 32, 32), (1, 32, 16))),
 )  # fmt: skip
+
+
+# Rectified SpaAttn's scripts: what its authors ran. Steps are shares of their 50 (40 for Wan 2.2
+# A14B, whose second expert also had its first step dense, which one share cannot say).
+_FIRST_TWO = (0, 1)
+SPAATTN: dict[str, dict[str, Any]] = {
+    "hunyuan-video": {"density": 0.20, "dense_steps": 0.0},
+    "wan2.1-t2v-14b": {"density": 0.25, "dense_steps": 0.1, "dense_layers": _FIRST_TWO},
+    "wan2.1-i2v-14b": {"density": 0.25, "dense_steps": 0.0, "dense_layers": _FIRST_TWO},
+    "wan2.2-ti2v-5b": {"density": 0.25, "dense_steps": 0.1, "dense_layers": _FIRST_TWO},
+    "wan2.2-t2v-a14b": {"density": 0.15, "dense_steps": 0.075, "dense_layers": _FIRST_TWO},
+    "wan2.2-i2v-a14b": {"density": 0.15, "dense_steps": 0.0, "dense_layers": _FIRST_TWO},
+    "flux-4k": {"density": 0.10, "dense_steps": 0.0, "dense_layers": tuple(range(37, 57))},
+}
+
+
+def spaattn_preset(model: str) -> dict[str, Any]:
+    """Settings of `gen_accel.SpaAttnProcessor` for a model.
+
+    Raises:
+        ValueError: There is none; the message lists the models.
+    """
+    if model not in SPAATTN:
+        raise ValueError(f"model={model!r}: there are presets for {', '.join(SPAATTN)}")
+    wan = {"first_frame": True} if model.startswith("wan") else {}
+    return {"top_p": 0.3, "block": 128, **wan, **SPAATTN[model]}
 
 
 def presets(model: str) -> tuple[Preset, ...]:

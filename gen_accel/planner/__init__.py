@@ -1,0 +1,1 @@
+"""Where an engine's orders and block lists come from: one file per way of deciding."""

@@ -1,0 +1,98 @@
+"""What an engine asks: which order, which blocks, or why a call has to be dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.tail import BlockScores
+from gen_accel.layout import ForwardContext, TokenLayout
+from gen_accel.select.window import Window
+
+CALIBRATING = "calibrating"
+
+Select = Callable[[Tensor, Tensor], tuple[Blocks, BlockScores | None]]
+
+
+class Order(Protocol):
+    """A token order: `AxisOrder`, `TileOrder`, `CurveOrder`."""
+
+    def reorder(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """From the model's order."""
+
+    def restore(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Back to it."""
+
+
+class Planned(NamedTuple):
+    """What a sparse call executes.
+
+    Attributes:
+        order: Token order.
+        blocks: Block lists of the ordered sequence, or the function that chooses them from its
+            queries and keys (and the scores it chose by).
+        pooled: How many keys, counted from the first of the ordered sequence, lie in blocks that
+            may be hidden, which is what a tail can stand in for. The others are seen by all.
+        real: bool ``[pooled]``, those of them that exist; None: all.
+    """
+
+    order: Order
+    blocks: Blocks | Select
+    pooled: int
+    real: Tensor | None = None
+
+
+class Windowed(NamedTuple):
+    """What a library executes that takes windows themselves.
+
+    Attributes:
+        windows: The window of every head; one when they share it.
+        density: Kept share of all keys.
+    """
+
+    windows: list[Window]
+    density: float
+
+
+class Planner(Protocol):
+    """Decides for one transformer; an `Engine` asks it and executes.
+
+    Attributes:
+        layers: Number of attention modules.
+    """
+
+    layers: int
+
+    def begin(self, context: ForwardContext) -> None:
+        """Once per forward of the transformer."""
+
+    def lookup(
+        self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
+    ) -> Planned | Windowed | str:
+        """What to execute, or why the call has to be dense.
+
+        Args:
+            layer: Layer index.
+            layout: Layout of the call.
+            text: Text tokens that are attended to (padding left out).
+            device: Where the lists are needed.
+            heads: Which of the layer's heads the call has, when they are sharded.
+        """
+
+    def watches(self, layer: int) -> bool:
+        """Whether it wants to see the dense calls of this layer in this forward."""
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
+        """See a dense call it watches.
+
+        Args:
+            layer: Layer index.
+            q: ``[batch, tokens, heads, head_dim]``, in the model's order.
+            k: Same, cut behind the last valid text token.
+            v: Shape of k.
+            layout: Layout of the call.
+        """

@@ -1,0 +1,139 @@
+"""What happens to the blocks that were dropped: a setting, and the tensors it makes per call."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.tail import (
+    GAPR,
+    BlockScores,
+    Tail,
+    block_scores,
+    pool_keys,
+    rectify,
+)
+
+KINDS = ("drop", "rectified", "joint")
+NAMES = ("drop", "rectified", "rectified+gapr", "joint", "joint+variance")
+
+
+@dataclass(frozen=True)
+class TailSetting:
+    """What stands in for hidden blocks; see `gen_accel.kernels.tail` for the formulas.
+
+    Args:
+        kind: ``"drop"``, nothing; ``"rectified"``, a ratio and a shift per query block;
+            ``"joint"``, mean keys in the same softmax.
+        gapr: Of the rectified tail: which blocks are compensated, ``None`` (all), ``"code"`` or
+            ``"paper"``.
+        smooth: Subtract the mean key before GAPR's test, which otherwise depends on a constant
+            that attention does not see. The authors do not.
+        tokens: Of the joint tail: keys per stand-in; None takes the whole block.
+        variance: Of the joint tail: add the second-order term of the keys' variance.
+    """
+
+    kind: str = "drop"
+    gapr: str | None = None
+    smooth: bool = True
+    tokens: int | None = None
+    variance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: choose from {', '.join(map(repr, KINDS))}")
+        if self.gapr not in (None, *GAPR):
+            raise ValueError(f"gapr={self.gapr!r}: choose None, 'code' or 'paper'")
+        if self.gapr is not None and self.kind != "rectified":
+            raise ValueError(f"gapr={self.gapr!r} belongs to kind='rectified', not {self.kind!r}")
+        if (self.tokens is not None or self.variance) and self.kind != "joint":
+            raise ValueError(f"tokens and variance belong to kind='joint', not {self.kind!r}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens}: a stand-in stands for at least one key")
+
+    @classmethod
+    def parse(cls, value: str | TailSetting) -> TailSetting:
+        """A setting from one of `NAMES`, or the setting itself.
+
+        ``"joint/8"`` makes a stand-in of every 8 keys, ``"joint/8+variance"`` with their variance.
+
+        Raises:
+            ValueError: An unknown name.
+            TypeError: Neither a name nor a setting.
+        """
+        if isinstance(value, TailSetting):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(f"tail={value!r}: give one of {', '.join(NAMES)} or a TailSetting")
+        words, _, extra = value.partition("+")
+        kind, slash, tokens = words.partition("/")
+        plain = f"{kind}+{extra}" if extra else kind
+        if plain not in NAMES or (slash and not (kind == "joint" and tokens.isdigit())):
+            near = difflib.get_close_matches(value, NAMES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"tail={value!r}: choose from {', '.join(map(repr, NAMES))}, 'joint/8' for a "
+                f"stand-in per 8 keys{hint}"
+            )
+        return cls(
+            kind,
+            gapr="code" if extra == "gapr" else None,
+            tokens=int(tokens) if slash else None,
+            variance=extra == "variance",
+        )
+
+    def make(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        *,
+        pooled: int,
+        real: Tensor | None = None,
+        scores: BlockScores | None = None,
+    ) -> Tail | None:
+        """The tail of one call, or None where nothing stands in.
+
+        Args:
+            q: ``[B, Sq, H, D]``, ordered.
+            k: ``[B, Skv, H, D]``.
+            v: Shape of k.
+            blocks: What the call sees.
+            pooled: Leading keys that may be hidden.
+            real: bool ``[pooled]``, those of them that exist; None: all.
+            scores: Scores of whole blocks that the selection already has.
+
+        Raises:
+            ValueError: ``tokens`` does not divide the block.
+        """
+        if self.kind == "drop" or pooled == 0:
+            return None
+        if self.kind == "joint":
+            tokens = blocks.block_kv if self.tokens is None else min(self.tokens, blocks.block_kv)
+            if blocks.block_kv % tokens:
+                raise ValueError(f"tokens={tokens}: it must divide the block of {blocks.block_kv}")
+            return pool_keys(
+                k[:, :pooled],
+                v[:, :pooled],
+                blocks.block_kv,
+                per_block=blocks.block_kv // tokens,
+                real=real,
+                variance=self.variance,
+            )
+        if scores is None or self.gapr is not None:
+            keys = k - k.mean(1, keepdim=True) if self.gapr is not None and self.smooth else k
+            scores = block_scores(
+                q,
+                keys,
+                blocks.block_q,
+                blocks.block_kv,
+                pooled=pooled,
+                scale=q.shape[-1] ** -0.5,
+                real=real,
+                gapr=self.gapr is not None,
+            )
+        return rectify(v, blocks, scores, pooled=pooled, gapr=self.gapr, real=real)
