@@ -21,7 +21,7 @@ def over_frames(measure: Callable[..., Tensor], *videos: Tensor) -> Tensor:
         ValueError: No clip, unequal shapes, or values that are not finite or outside [0, 1].
     """
     batch = check(*videos)
-    clips = [_split(video) for video in videos]
+    clips = [as_batch(video) for video in videos]
     rows = [
         torch.stack([measure(*_units(frames)) for frames in zip(*clip, strict=True)])
         for clip in zip(*clips, strict=True)
@@ -44,7 +44,7 @@ def over_pairs(measure: Callable[..., Tensor], *videos: Tensor) -> Tensor:
     if frames < 2:
         raise ValueError("a video of one frame: a metric over time needs at least two")
     rows = []
-    for clip in zip(*map(_split, videos), strict=True):
+    for clip in zip(*map(as_batch, videos), strict=True):
         current = _units(video[0] for video in clip)
         values = []
         for t in range(1, frames):
@@ -120,6 +120,6 @@ def _frames(clip: Tensor) -> int:
     return clip.shape[-4] if _is_video(clip) else clip.shape[-3]
 
 
-def _split(clips: Tensor) -> Tensor:
+def as_batch(clips: Tensor) -> Tensor:
     """One clip or a batch as a batch."""
     return clips if clips.ndim == 4 + _is_video(clips) else clips[None]

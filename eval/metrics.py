@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gen_accel.eval import clip, features, fidelity, fvd, grounding, lpips, removal, temporal
+from gen_accel.eval import clip, features, fidelity, fvd, grounding, guard, lpips, removal, temporal
 from gen_accel.eval.dino import TOKENS, Dino
 from gen_accel.eval.metric import Metric
 
 # A module names its metrics beside their functions; one line here makes them known.
-_MODULES = (fidelity, lpips, temporal, removal, grounding, fvd, clip)
+_MODULES = (fidelity, lpips, temporal, guard, removal, grounding, fvd, clip)
 METRICS: dict[str, Metric] = {
     metric.name: metric for module in _MODULES for metric in module.METRICS
 }

@@ -105,7 +105,8 @@ def test_a_video_of_other_shape_is_refused(name):
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_values_out_of_range_are_refused(name):
-    for change in (lambda v: v.float(), lambda v: v / 255 * torch.nan):
+    changes = [lambda v: v.float(), lambda v: v / 255 * torch.nan]
+    for change in changes[: 1 if name == "defects" else 2]:  # a detector of NaN takes NaN
         given = inputs(name)
         given["video"] = change(given["video"])
         with pytest.raises(ValueError, match="divide by 255"):

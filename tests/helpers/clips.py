@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 
-def drift(frames=5, size=32, shift=(2, 1), seed=0):
+def drift(frames=5, size=32, shift=(2, 1), seed=0, grain=4):
     """A smooth texture that moves by whole pixels (x, y): uint8 ``[frames, 3, size, size]``."""
     margin = (frames - 1) * max(map(abs, shift))
     room = size + margin
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, room // 4 + 2, room // 4 + 2, generator=generator)
+    coarse = torch.rand(1, 3, room // grain + 2, room // grain + 2, generator=generator)
     texture = F.interpolate(coarse, size=(room, room), mode="bicubic", align_corners=True)[0]
     texture = (texture.clamp(0, 1) * 255).round().to(torch.uint8)
     left, top = (margin if s > 0 else 0 for s in shift)
