@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.fused import fused
+
 _CHUNK_ELEMENTS = 1 << 24  # probabilities held at a time: 64 MiB in fp32
 
 
@@ -47,6 +49,12 @@ def block_mass(
     """
     batch, _, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
+    if blocks and fused(q, k):
+        from gen_accel.kernels.triton import mass as kernel
+
+        if kernel.takes(q, block):
+            sampled = min(rows_per_block or block, block)
+            return kernel.block_mass(q, k, block, blocks, sampled, scale)
     rows = sample_rows(blocks, block, rows_per_block, q.device)
     per_block = rows.numel() // max(blocks, 1)
     mass = torch.zeros(heads, blocks, blocks, device=q.device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.fused import fused
+
 
 def route(
     scores: Tensor,
@@ -47,6 +49,11 @@ def route(
         raise ValueError(f"keep={keep}: it must be at least 1; None chooses none by rank")
     keep = min(keep or 0, columns)
     width = keep if beta is None and forced is None else columns
+    if fused(scores):
+        from gen_accel.kernels.triton import route as kernel
+
+        if columns <= kernel.MAX_COLUMNS:
+            return kernel.route(scores, keep, beta, forced, width)
     return to_lists(_choose(scores, keep, beta, forced), width)
 
 
