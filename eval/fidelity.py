@@ -7,7 +7,6 @@ decibels).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.eval.clips import check, over_frames
@@ -150,12 +149,18 @@ def _ssim_frame(a: Tensor, b: Tensor) -> Tensor:
 
 def _blur(images: Tensor) -> Tensor:
     """Separable Gaussian over the last two axes, without padding."""
-    offsets = torch.arange(_WINDOW, dtype=images.dtype, device=images.device) - _WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
-    window = window / window.sum()
-    maps = images.flatten(0, -3).unsqueeze(1)
-    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-    return maps.view(*images.shape[:-2], *maps.shape[-2:])
+    # As products with band matrices: ten times as fast on a CPU as float64 convolutions.
+    return _band(images, images.shape[-2]) @ images @ _band(images, images.shape[-1]).mT
+
+
+def _band(images: Tensor, size: int) -> Tensor:
+    """The window at every place it fits, ``[size - 10, size]``."""
+    offsets = torch.arange(_WINDOW, device=images.device)
+    window = torch.exp(-(offsets - _WINDOW // 2).to(images.dtype).square() / (2 * _SIGMA**2))
+    rows = size - _WINDOW + 1
+    places = torch.arange(rows, device=images.device)[:, None] + offsets
+    band = images.new_zeros(rows, size)
+    return band.scatter_(1, places, (window / window.sum()).expand(rows, -1))
 
 
 def _flat(value: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
