@@ -87,7 +87,7 @@ class Networks:
 
 
 def choose(
-    names: str, given: Iterable[str], networks: Networks, clips: int
+    names: str, given: Iterable[str], networks: Networks, clips: int, option: str = "--metrics"
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Metrics to compute, and why the others of ``all`` are not.
 
@@ -96,6 +96,7 @@ def choose(
         given: What there is of a metric's needs.
         networks: Where theirs come from.
         clips: How many clips a candidate has.
+        option: Where the names stand, for messages.
 
     Returns:
         Metrics by name; name -> reason of those that were left out.
@@ -118,9 +119,9 @@ def choose(
         elif everything:
             left[name] = reason
         else:
-            raise UsageError(f"--metrics {name}: {reason}")
+            raise UsageError(f"{option} {name}: {reason}")
     if not chosen:
-        raise UsageError("--metrics: nothing to compute; name at least one metric")
+        raise UsageError(f"{option}: nothing to compute; name at least one metric")
     return chosen, left
 
 
