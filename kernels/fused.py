@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -15,12 +16,7 @@ def fused(*tensors: Tensor) -> bool:
     Both give the same result. The kernels have no gradient and compute in fp32.
     """
     return (
-        _has_triton()
+        _HAS_TRITON
         and all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -44,7 +44,7 @@ def group_means(
         deviation: Also measure mean absolute deviations.
         variance: Also measure variances.
     """
-    if fused(x):
+    if fused(x) and x.numel():
         from gen_accel.kernels.triton.pool import pool
 
         mean, count, spread, square = pool(x, size, real, deviation, variance)
@@ -66,10 +66,8 @@ def group_means(
         return values.mean(2) if even else (values * share).sum(2)
 
     mean = mean_of(x)
-    away = x - mean[:, :, None] if deviation or variance else x
-    return Groups(
-        mean,
-        count,
-        mean_of(away.abs()) if deviation else None,
-        mean_of(away.square()) if variance else None,
-    )
+    if not deviation and not variance:
+        return Groups(mean, count)
+    away = x - mean[:, :, None]
+    square = mean_of(away.square()) if variance else None
+    return Groups(mean, count, mean_of(away.abs_()) if deviation else None, square)

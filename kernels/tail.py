@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.pool import group_means
 
 GAPR = ("code", "paper")
 _NUMBERS = 1 << 21  # scores alive at a time
@@ -62,42 +63,6 @@ class Rectified:
 Tail = Pooled | Rectified
 
 
-def group_means(
-    x: Tensor, size: int, real: Tensor | None = None, *, deviation: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Means over groups of ``size`` neighbouring tokens, the last group as short as it is.
-
-    Args:
-        x: ``[B, S, H, D]``.
-        size: Tokens per group.
-        real: bool ``[S]``, tokens that count; None: all.
-        deviation: Also return mean absolute deviations from the mean.
-
-    Returns:
-        fp32 means ``[B, G, H, D]`` (0 where nothing counts), fp32 number of tokens in each group
-        ``[G]``, and fp32 mean absolute deviations ``[B, G, H, D]`` or None.
-    """
-    tokens = x.shape[1]
-    groups = -(-tokens // size)
-    weight = torch.ones(tokens, device=x.device) if real is None else real.float()
-    padding = groups * size - tokens
-    # One fp32 copy; fp64 keeps its digits.
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if padding:
-        x = F.pad(x, (0, 0, 0, 0, 0, padding))
-        weight = F.pad(weight, (0, padding))
-    x = x.unflatten(1, (groups, size))
-    weight = weight.view(groups, size)
-    count = weight.sum(1)
-    share = (weight / count.clamp_min(1)[:, None])[None, :, :, None, None].to(x.dtype)
-    even = real is None and not padding
-    mean = x.mean(2) if even else (x * share).sum(2)
-    if not deviation:
-        return mean, count, None
-    spread = (x - mean[:, :, None]).abs_()
-    return mean, count, spread.mean(2) if even else (spread * share).sum(2)
-
-
 def pool_keys(
     k: Tensor,
     v: Tensor,
@@ -126,12 +91,8 @@ def pool_keys(
             "use a power of two up to it"
         )
     size = block // per_block
-    key, count, _ = group_means(k, size, real)
-    value = group_means(v, size, real)[0]
-    second = None
-    if variance:
-        second = group_means(k.to(key.dtype).square(), size, real)[0].sub_(key.square())
-        second.clamp_min_(0)
+    key, count, _, second = group_means(k, size, real, variance=variance)
+    value = group_means(v, size, real).mean
     # The last block may end in the middle of its groups; those behind the end are never visible.
     missing = -key.shape[1] % per_block
     bias = torch.log(count)
@@ -230,7 +191,7 @@ def block_scores(
 
 def _parts(x: Tensor, size: int, number: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means and counts, filled up with empty groups to ``number``."""
-    mean, count, _ = group_means(x, size, real)
+    mean, count, *_ = group_means(x, size, real)
     missing = number - len(count)
     return F.pad(mean, (0, 0, 0, 0, 0, missing)), F.pad(count, (0, missing))
 
@@ -239,8 +200,8 @@ def _gain_and_error(
     q: Tensor, k: Tensor, block_q: int, block_kv: int, real_q: Tensor | None, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """GAPR's |mean q . mean k| against |dev q . mean k| + |mean q . dev k|, per block pair."""
-    q_mean, _, q_dev = group_means(q, block_q, real_q, deviation=True)
-    k_mean, _, k_dev = group_means(k, block_kv, real, deviation=True)
+    q_mean, _, q_dev, _ = group_means(q, block_q, real_q, deviation=True)
+    k_mean, _, k_dev, _ = group_means(k, block_kv, real, deviation=True)
     assert q_dev is not None and k_dev is not None
     rows = [x.transpose(1, 2) for x in (q_mean, q_dev)]
     columns = [x.permute(0, 2, 3, 1) for x in (k_mean, k_dev)]
@@ -277,7 +238,7 @@ def rectify(
             raise ValueError(f"gapr={gapr!r} needs block_scores(..., gapr=True)")
         used = hidden & (scores.gain > scores.error)
     mass = scores.video * used
-    value = group_means(v[:, :pooled], blocks.block_kv, real)[0].transpose(1, 2)
+    value = group_means(v[:, :pooled], blocks.block_kv, real).mean.transpose(1, 2)
     lost = scores.video * hidden if gapr == "paper" else mass
     ratio = (1 - lost.sum(-1)).clamp_min(0)
     return Rectified(ratio, mass @ value.to(mass.dtype))

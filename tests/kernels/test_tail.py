@@ -8,8 +8,9 @@ from gen_accel.kernels import tail as tail_module
 from gen_accel.kernels.api import block_sparse_attention
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.mass import block_mass
+from gen_accel.kernels.pool import group_means
 from gen_accel.kernels.reference import attention
-from gen_accel.kernels.tail import block_scores, group_means, pool_keys, rectify
+from gen_accel.kernels.tail import block_scores, pool_keys, rectify
 from helpers.attention_cases import CASES
 
 B, H, D, BLOCK = 2, 3, 16, 8
@@ -193,7 +194,7 @@ def test_padding_places_do_not_count():
 
 def test_ragged_last_group_is_a_masked_mean():
     x = tensors(video=30, text=0)[0]
-    mean, count, deviation = group_means(x, BLOCK, deviation=True)
+    mean, count, deviation, _ = group_means(x, BLOCK, deviation=True)
     assert count.tolist() == [8, 8, 8, 6]
     torch.testing.assert_close(mean[:, 3], x[:, 24:].mean(1))
     expected = (x[:, 24:] - x[:, 24:].mean(1, keepdim=True)).abs().mean(1)
