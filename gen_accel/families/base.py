@@ -128,6 +128,30 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TokenPath:
+    """Where the video tokens of a transformer enter and leave its blocks.
+
+    Between these places everything but attention is per token, so that an order may be applied
+    here instead of in every layer (`gen_accel.hoist`).
+
+    Attributes:
+        entries: Module -> axis of its output on which the tokens stand, or on which their grid
+            begins.
+        exits: Module -> the same; what comes out of it is no longer mixed with anything.
+        extra: Further entries, of modules that only some of the family's transformers have.
+        arguments: Argument of the transformer's forward that may come per token -> the same.
+        refuse: ``(transformer, args, kwargs)`` -> why this forward has something else in between
+            that knows where tokens stand, or None.
+    """
+
+    entries: Mapping[str, int]
+    exits: Mapping[str, int]
+    extra: Mapping[str, int] = field(default_factory=dict)
+    arguments: Mapping[str, int] = field(default_factory=dict)
+    refuse: Callable[[Any, tuple[Any, ...], dict[str, Any]], str | None] = lambda *_: None
+
+
+@dataclass(frozen=True)
 class Family:
     """One DiT family.
 
@@ -139,6 +163,7 @@ class Family:
             transformer's forward; raises `Unsupported` when the tokens are not one dense grid.
         match: ``(attn, encoder_hidden_states, attention_mask, rope) -> Match`` for an attention
             module met without its transformer, or None when it is not this family's.
+        path: Where the video tokens enter and leave the blocks.
         kept: Stock processor class name -> why it always stays.
     """
 
@@ -147,6 +172,7 @@ class Family:
     processors: Mapping[str, type[FamilyProcessor]]
     layout: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], TokenLayout]
     match: Callable[[nn.Module, Any, Tensor | None, Any], Match | None]
+    path: TokenPath
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def keep(self, name: str, module: nn.Module) -> str | None:

@@ -11,6 +11,8 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
+    TokenPath,
+    argument,
     is_a,
     split_heads,
     video_layout,
@@ -65,11 +67,24 @@ def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | N
     return None
 
 
+def _refuse_order(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if argument(transformer, args, kwargs, "timestep").ndim > 1:
+        return "every frame has a timestep of its own (Cosmos 2 video-to-world)"
+    return None
+
+
 FAMILY = Family(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
     processors={"CosmosAttnProcessor2_0": CosmosProcessor},
     layout=video_layout,
     match=_match,
+    path=TokenPath(
+        entries={"patch_embed": 1, "rope": 0},
+        exits={"proj_out": 1},
+        extra={"learnable_pos_embed": 1},
+        arguments={"block_controlnet_hidden_states": 1},
+        refuse=_refuse_order,
+    ),
     kept={"CosmosAttnProcessor2_5": "cross-attention"},
 )

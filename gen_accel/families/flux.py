@@ -12,6 +12,7 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
+    TokenPath,
     argument,
     is_a,
     read_once,
@@ -131,5 +132,10 @@ FAMILY = Family(
     processors={"FluxAttnProcessor": FluxProcessor},
     layout=_layout,
     match=_match,
+    path=TokenPath(
+        entries={"x_embedder": 1, "pos_embed": 0},
+        exits={"proj_out": 1},
+        arguments={"controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
+    ),
     kept={"FluxIPAdapterAttnProcessor": "IP-Adapter"},
 )

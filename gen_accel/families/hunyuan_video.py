@@ -12,6 +12,7 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
+    TokenPath,
     argument,
     latent_grid,
     prefix_lengths,
@@ -124,11 +125,20 @@ def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | N
     return None
 
 
+def _refuse_order(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if transformer.config.image_condition_type == "token_replace":
+        return "the first frame has a timestep of its own (image_condition_type='token_replace')"
+    return None
+
+
 FAMILY = Family(
     name="hunyuan_video",
     transformers=("HunyuanVideoTransformer3DModel",),
     processors={"HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor},
     layout=_layout,
     match=_match,
+    path=TokenPath(
+        entries={"x_embedder": 1, "rope": 0}, exits={"proj_out": 1}, refuse=_refuse_order
+    ),
     kept={"AttnProcessor2_0": "token refiner (text only)"},
 )

@@ -11,6 +11,7 @@ from gen_accel.families.base import (
     Family,
     FamilyProcessor,
     Match,
+    TokenPath,
     is_a,
     split_heads,
     video_layout,
@@ -72,6 +73,12 @@ def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | N
     return Match(None if cross else WanProcessor, attn._default_processor_cls())
 
 
+def _refuse_order(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    if is_a(transformer, "WanAnimateTransformer3DModel"):
+        return "pose and face are added frame by frame (Wan Animate)"
+    return None
+
+
 FAMILY = Family(
     name="wan",
     transformers=(
@@ -83,5 +90,12 @@ FAMILY = Family(
     processors={"WanAttnProcessor": WanProcessor},
     layout=video_layout,
     match=_match,
+    path=TokenPath(
+        entries={"patch_embedding": 2, "rope": 1},
+        exits={"proj_out": 1},
+        extra={"vace_patch_embedding": 2},
+        arguments={"timestep": 1},  # Wan 2.2 TI2V-5B has one for every token
+        refuse=_refuse_order,
+    ),
     kept={"WanAnimateFaceBlockAttnProcessor": "cross-attention to the face"},
 )
