@@ -88,7 +88,8 @@ def block_mass(q: Tensor, k: Tensor, block: int, blocks: int, sampled: int, scal
     batch, _, heads, dim = q.shape
     mass = q.new_empty(batch, heads, blocks, blocks, dtype=torch.float32)
     rows, columns = triton.next_power_of_2(sampled), triton.next_power_of_2(block)
-    # The tile of scores is 64 x 128 or its transpose: what 8 warps hold beside a tile of q.
+    # The tile of scores is 64 x 128 or its transpose, or 128 x 128 where all rows of such a block
+    # are measured: 16 warps then, for 8 would spill.
     tile_k = max(64, columns)
     tile_q = max(64 if tile_k > 64 else 128, rows)
     _mass_kernel[(triton.cdiv(blocks * rows, tile_q), heads, batch)](
@@ -97,8 +98,8 @@ def block_mass(q: Tensor, k: Tensor, block: int, blocks: int, sampled: int, scal
         k.shape[1], blocks, heads,
         BLOCK=block, SAMPLED=sampled, ROWS=rows, COLUMNS=columns, TILE_Q=tile_q, TILE_K=tile_k,
         DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=8,
-        num_stages=2,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=16 if tile_q == tile_k == 128 else 8, num_stages=2,
     )  # fmt: skip
     return mass.mean(0)
 

@@ -1,0 +1,113 @@
+"""Compile the small Triton kernels without a GPU and print what ptxas says, one JSON line each.
+
+Run as a script, without the interpreter: ``python tests/helpers/aot.py 90 100``.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gen_accel.kernels.triton.mass import _mass_kernel
+from gen_accel.kernels.triton.pool import _pool_kernel
+from gen_accel.kernels.triton.prepare import _prepare_kernel
+from gen_accel.kernels.triton.route import _route_kernel
+
+POOL = {"HAS_REAL": True, "HAS_DEVIATION": True, "HAS_VARIANCE": True}
+MASS = {"TILE_K": 128, "DIM": 128, "WIDTH": 128, "PRECISION": "tf32", "BLOCK": 128, "COLUMNS": 128}
+PREPARE = {"BACK": False, "HAS_ROPE": True, "ROWS": 16, "HEADS": 8, "DIM": 128, "WIDTH": 128}
+
+# Kernel, types of its pointers, constants, warps, stages: as the wrappers launch them at head_dim
+# 128 in bf16.
+BF16, FP32 = "*bf16", "*fp32"
+KERNELS = {
+    "pool": (
+        _pool_kernel,
+        {
+            "X": BF16,
+            "REAL": "*u8",
+            "MEAN": FP32,
+            "COUNT": FP32,
+            "DEVIATION": FP32,
+            "VARIANCE": FP32,
+        },
+        {**POOL, "SIZE": 128, "DIM": 128, "ROWS": 16, "COLUMNS": 128},
+        {"num_warps": 4},
+    ),
+    "mass, 8 rows": (
+        _mass_kernel,
+        {"Q": BF16, "K": BF16, "MASS": FP32, "scale": "fp32"},
+        {**MASS, "SAMPLED": 8, "ROWS": 8, "TILE_Q": 64},
+        {"num_warps": 8, "num_stages": 2},
+    ),
+    "mass, all rows": (
+        _mass_kernel,
+        {"Q": BF16, "K": BF16, "MASS": FP32, "scale": "fp32"},
+        {**MASS, "SAMPLED": 128, "ROWS": 128, "TILE_Q": 128},
+        {"num_warps": 16, "num_stages": 2},
+    ),
+    "route": (
+        _route_kernel,
+        {"SCORES": FP32, "FORCED": "*u8", "COUNTS": "*i32", "LISTS": "*i32", "beta": "fp32"},
+        {"HAS_KEEP": True, "HAS_BETA": True, "HAS_FORCED": True, "COLUMNS": 2048},
+        {"num_warps": 2},
+    ),
+    "prepare, axes": (
+        _prepare_kernel,
+        {"X": BF16, "OUT": BF16, "STRIDES": "*i32", "INDEX": "*i64", "COS": FP32, "SIN": FP32},
+        {**PREPARE, "HAS_STRIDES": True, "HAS_INDEX": False, "HALVES": False},
+        {"num_warps": 4},
+    ),
+    "prepare, index, halves": (
+        _prepare_kernel,
+        {"X": BF16, "OUT": BF16, "STRIDES": "*i32", "INDEX": "*i64", "COS": FP32, "SIN": FP32},
+        {**PREPARE, "HAS_STRIDES": False, "HAS_INDEX": True, "HALVES": True},
+        {"num_warps": 4},
+    ),
+}
+
+
+def report(name, capability):
+    kernel, types, constants, options = KERNELS[name]
+    signature, aligned = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        kind = "constexpr" if argument in constants else types.get(argument, "i32")
+        signature[argument] = kind
+        # What a launch finds out about tensors of 128 channels.
+        row = argument.startswith("stride_") and argument[-1] in "bsthq"
+        if kind.startswith("*") or row:
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
+        if capability >= 100:
+            ptxas = ptxas.with_name("ptxas-blackwell")
+        architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", Path(folder, "kernel")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return {
+        "kernel": name,
+        "capability": capability,
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spills": int(spills[1]) + int(spills[2]),
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma" in compiled.asm["ptx"],
+    }
+
+
+if __name__ == "__main__":
+    for number in map(int, sys.argv[1:]):
+        for kernel in KERNELS:
+            print(json.dumps(report(kernel, number)), flush=True)
