@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message is one line and says what to do."""
@@ -180,6 +178,8 @@ def _from_file(
     options: set[str],
     nested: Mapping[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    import yaml  # here, so that commands without a file run where it is not installed
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -216,6 +216,8 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _scalar(text: str) -> Any:
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
