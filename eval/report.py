@@ -217,8 +217,8 @@ def _table(table: Table) -> str:
     for row in table.rows:
         # A sentence is set as one, everything else as a number.
         cells = (
-            f"<td{' class=words' if len(cell) > 24 else ''}>{html.escape(cell)}</td>"
-            for cell in row
+            f"<td{' class=words' if i and len(cell) > 24 else ''}>{html.escape(cell)}</td>"
+            for i, cell in enumerate(row)
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
@@ -299,6 +299,7 @@ small{display:block;white-space:normal;color:var(--soft)}
 .media{margin-top:1.6rem}
 figure{margin:0}
 video,img{display:block;width:100%;border-radius:8px;background:#000}
+.pictures figure{max-width:34rem}
 .map{image-rendering:pixelated}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.45rem}
 ul{padding-left:1.2rem;max-width:52rem}

@@ -96,6 +96,7 @@ def _write(
     call: dict[str, Any],
     fps: float,
 ) -> Path:
+    from gen_accel.cli import pages
     from gen_accel.cli.doctor import versions
     from gen_accel.eval.report import Media, Report, Row, write_report
     from gen_accel.eval.video import write_video
@@ -124,6 +125,7 @@ def _write(
     notes = ["Times are whole pipeline calls on this machine, averaged over the prompts."]
     if handle is not None:
         data["summary"] = handle.summary().splitlines()
+        data["density"] = pages.density(handle)
         notes += handle.summary().splitlines()[1:]
     summary = f"{len(prompts)} prompt(s), {', '.join(results)}."
     if len(rows) == 2:

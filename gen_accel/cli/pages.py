@@ -107,23 +107,23 @@ def density(handle: Handle) -> dict[str, Any]:
 
 
 def density_pictures(run: Mapping[str, Any], label: str = "") -> list[Picture]:
-    """Kept share per step (down) and layer (across); white is dense."""
+    """Kept share per layer (down) and step (across); pale is dense."""
     import torch
 
     from gen_accel.eval.report import Picture, heatmap
 
     pictures = []
     for name, part in run.items():
-        kept = torch.ones(part["steps"], part["layers"])
+        kept = torch.ones(part["layers"], part["steps"])
         for step, layer, share in part["calls"]:
-            kept[step, layer] = share
+            kept[layer, step] = share
         dense = "; ".join(f"{count} calls dense: {why}" for why, count in part["dense"].items())
         caption = (
-            f"{label or name}: {part['steps']} steps (down) x {part['layers']} layers (across), "
+            f"{label or name}: {part['layers']} layers (down) x {part['steps']} steps (across), "
             f"pale is dense. {part['sparse']} calls sparse, density {part['mean']:.3f} on average"
             + (f"; {dense}" if dense else "")
         )
-        pixels = heatmap(kept, largest=1.0).repeat(8, 0).repeat(8, 1)
+        pixels = heatmap(kept, largest=1.0).repeat(12, 0).repeat(12, 1)
         pictures.append(Picture(pixels, caption))
     return pictures
 

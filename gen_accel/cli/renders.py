@@ -43,10 +43,11 @@ class Setting:
         Raises:
             UsageError: The method or an option is unknown, or a value is no good.
         """
+        if self.method == "none":
+            raise UsageError(f"--methods {self.label}: dense is what the others are compared with")
         options = dict(self.options)
         found = shared.make_processor(self.method, options, options.pop("plan", None))
-        if found is None:
-            raise UsageError(f"--methods {self.label}: dense is what the others are compared with")
+        assert found is not None
         return found
 
     def at(self, density: float) -> Setting:

@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     limits = [Limit.parse(text) for text in getattr(args, "limits", LIMITS).split(",")]
     settings = _settings(getattr(args, "methods", "paro"), args.sections)
     densities = _densities(args)
-    for setting in settings:  # told before the model is loaded
-        for density in densities or [None]:
-            (setting if density is None else setting.at(density)).processor()
+    tries = [s.at(density) for s in settings for density in densities] if densities else settings
+    for setting in tries:
+        setting.processor()  # what is wrong with it is told before the model is loaded
     device = shared.device_of(args)
     sources = networks.Networks(args, device)
     names = ",".join(dict.fromkeys([*(limit.metric for limit in limits), *SHOWN]))
@@ -83,12 +83,10 @@ def run(args: argparse.Namespace) -> int:
 
     renders = Renders(folder / "clips", args, call, device, load)
     court = Court(renders, prompts, getattr(args, "seed", 0), limits, metrics, sources)
-    for setting in settings:
-        if getattr(args, "search", False):
-            court.search(setting, densities)
-        else:
-            for density in densities or [None]:
-                court.judge(setting if density is None else setting.at(density))
+    for setting in settings if getattr(args, "search", False) else ():
+        court.search(setting, densities)
+    for setting in () if getattr(args, "search", False) else tries:
+        court.judge(setting)
     ranked = court.ranked()
     print(_text(court, ranked))
     total = len(prompts) * (1 + len(court.trials))
@@ -361,7 +359,7 @@ def _write(folder: Path, args: argparse.Namespace, court: Court, ranked: Sequenc
     rows = _rows(court, args)
     write_text(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     methods = [Row("dense", _seconds(court.dense))]
-    clips, plots, pictures = {}, {}, {}
+    clips, plots, pictures = {}, {}, []
     for label in ranked:
         trial = court.trials[label]
         psnr, ssim = (_mean(trial.values[name]) for name in SHOWN)
@@ -372,9 +370,10 @@ def _write(folder: Path, args: argparse.Namespace, court: Court, ranked: Sequenc
         if bool(both[label].float().isfinite().all()):
             fps = getattr(args, "fps", 8.0)
             clips[title] = pages.players(folder, f"{label}.{i}", both, "dense", fps)
-            frames = {n: _frames(court, n, trial, i) for n in court.metrics}
-            plots[title] = pages.curves({label: frames}, court.metrics.values())
-        pictures[f"Density of {label}"] = pages.density_pictures(trial.clips[i].run)
+            frames = {"dense": _frames(court, court.dense[i], i, "reference")}
+            frames[label] = _frames(court, trial.clips[i], i)
+            plots[title] = pages.curves(frames, court.metrics.values())
+        pictures += pages.density_pictures(trial.clips[i].run, label)
     summary = f"{len(court.prompts)} prompts; " + "; ".join(
         f"{label}: {court.trials[label].state}" for label in ranked
     )
@@ -401,7 +400,7 @@ def _write(folder: Path, args: argparse.Namespace, court: Court, ranked: Sequenc
             "Limits": Table(_HEAD, _lines(court, ranked)),
             "Definitions": pages.definitions(court.metrics.values()),
         },
-        clips=clips, plots=plots, pictures=pictures, notes=notes, config=config,
+        clips=clips, plots=plots, pictures={"Density": pictures}, notes=notes, config=config,
         versions=versions(), data=data,
     )  # fmt: skip
     return write_report(folder, report)
@@ -412,13 +411,18 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _frames(court: Court, name: str, trial: Trial, i: int) -> list[float]:
-    """Values per frame of one clip, where the metric has them."""
-    metric = court.metrics[name]
-    if metric.per_frame is None:
-        return []
-    given: dict[str, Any] = {"video": trial.clips[i].frames, "reference": court.dense[i].frames}
-    given |= {"prompt": court.prompts[i]}
-    if metric.network is not None:
-        given["network"] = court.sources.get(metric)
-    return metric.per_frame(**{need: given[need] for need in metric.needs}).flatten().tolist()
+def _frames(court: Court, clip: Render, i: int, without: str = "") -> dict[str, list[float]]:
+    """Metric -> values per frame of a clip, for metrics that have them and do not need ``without``.
+
+    The dense clip against itself is perfect, and no curve.
+    """
+    found = {}
+    for name, metric in court.metrics.items():
+        if metric.per_frame is not None and without not in metric.needs:
+            given: dict[str, Any] = {"video": clip.frames, "reference": court.dense[i].frames}
+            given["prompt"] = court.prompts[i]
+            if metric.network is not None:
+                given["network"] = court.sources.get(metric)
+            values = metric.per_frame(**{need: given[need] for need in metric.needs})
+            found[name] = values.flatten().tolist()
+    return found
