@@ -34,7 +34,13 @@ def add_parser(subparsers: Any) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", default="attention", choices=("attention", "gna"))
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="attention",
+        choices=("attention", "gna", "damage", "metrics"),
+        help="an attention call, GNA's windows, which metric sees which damage, their cost",
+    )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
     )
@@ -53,12 +59,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="seed of tensors and masks")
     parser.add_argument("--out", help="append the results to this JSON-lines file")
+    group = parser.add_argument_group("damage, metrics", "Clips of the procedural world.")
+    group.add_argument("--clips", type=_positive, default=24, help="how many")
+    group.add_argument("--frames", type=_positive, default=17, help="of each")
+    group.add_argument("--size", type=_positive, default=64, help="of a frame's side, in pixels")
+    group.add_argument("--docs", help="put the table of damage between the marks in this page")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table for each head size and dtype; 1 when a result was wrong."""
     import torch
 
+    from gen_accel.cli import bench_damage
     from gen_accel.cli.bench_gna import GnaBench
     from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows
@@ -72,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        if args.what in ("damage", "metrics"):
+            return getattr(bench_damage, args.what)(args)
         good = True
         for dim in args.head_dims:
             for dtype in args.dtypes:
