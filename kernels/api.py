@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 _CARRIERS = {
     "gather": "gen_accel.kernels.gather",
     "flex": "gen_accel.kernels.flex",
+    "triton": "gen_accel.kernels.triton.carrier",
     "reference": "gen_accel.kernels.reference",
 }
-_AUTO = ("gather",)  # what impl="auto" tries, best first
+_AUTO = ("triton", "gather")  # what impl="auto" tries, best first
+_AUTO_ON_CPU = ("gather",)  # triton's interpreter is for tests
 
 _PRECISIONS = {
     "auto": None,
@@ -158,7 +160,8 @@ def _run(
 
 
 def _choose(call: Call, impl: str) -> str:
-    for name in _AUTO if impl == "auto" else (impl,):
+    auto = _AUTO_ON_CPU if call.q.device.type == "cpu" else _AUTO
+    for name in auto if impl == "auto" else (impl,):
         carrier = _carrier(name)
         limit = carrier.missing() or carrier.limits(call)
         if limit is None:

@@ -1,0 +1,81 @@
+"""The Triton carrier: `launch.attend` behind the checks that a carrier makes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.carrier import Call
+
+_HALF = (torch.bfloat16, torch.float16)
+_BLOCKS = tuple(2**n for n in range(4, 11))
+
+
+@functools.cache
+def missing() -> str | None:
+    """Triton, or a GPU, or Triton's interpreter in place of one."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton, or use impl='gather'"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "no CUDA or ROCm GPU: use impl='gather'"
+    return None
+
+
+def limits(call: Call) -> str | None:
+    """What the kernel cannot do."""
+    if call.q.device.type != "cuda" and not _interpreted():
+        return f"tensors on {call.q.device.type}: move them to a GPU, or use impl='gather'"
+    dtype = call.compute or call.q.dtype
+    if dtype not in _HALF:
+        name = str(dtype).removeprefix("torch.")
+        return f"{name}: it computes in half precision; set precision='bf16', or impl='gather'"
+    if call.q.shape[3] > 256:
+        return f"head_dim={call.q.shape[3]}: it takes at most 256; use impl='gather'"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
+        return "no gradient: call it under torch.no_grad(), or use impl='reference'"
+    return None if call.blocks is None else _block_limits(call)
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    """See `carrier.Carrier.run`."""
+    from gen_accel.kernels.triton.launch import attend
+
+    q, k, v = (x.to(call.compute or x.dtype) for x in call[:3])
+    out, lse = attend(q, k, v, call.blocks, call.scale, tail=call.tail, return_lse=call.return_lse)
+    return out.to(call.q.dtype), lse
+
+
+def _block_limits(call: Call) -> str | None:
+    blocks = call.blocks
+    assert blocks is not None
+    for name, size in (("block_q", blocks.block_q), ("block_kv", blocks.block_kv)):
+        if size not in _BLOCKS:
+            return (
+                f"{name}={size}: it takes powers of two from {_BLOCKS[0]} to {_BLOCKS[-1]}; "
+                "plan with block=64 or 128, or use impl='gather'"
+            )
+    if blocks.kv_num_blocks is None:
+        return None
+    intervals = getattr(blocks.mask_mod, "intervals", None)
+    if intervals is None:
+        return (
+            "a mask_mod that is only a function: make it from blocks.Intervals, "
+            "or use impl='flex' or 'gather'"
+        )
+    from gen_accel.kernels.triton.tiles import pack
+
+    if pack(intervals) is None:
+        return "a window whose coordinates need more than 32 bits: use impl='flex' or 'gather'"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, for tests without a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from gen_accel.kernels.triton import interpreter
+
+    return interpreter.active()
