@@ -273,6 +273,10 @@ class StepGuard:
                 f"callback tensors {sorted(tensors)}: StepGuard needs 'latents'; leave "
                 "callback_on_step_end_tensor_inputs at its default or add it there"
             )
+        if self.action == "stop" and not hasattr(pipe, "_interrupt"):
+            raise ValueError(
+                f"{type(pipe).__name__} cannot be interrupted; use StepGuard(action='raise')"
+            )
         if step == 0:
             self._before = None
         latents = tensors["latents"].detach()

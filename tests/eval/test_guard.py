@@ -225,6 +225,11 @@ def test_collapsed_latents():
     assert guard.findings[0][1].startswith("latents have collapsed (deviation")
 
 
+def test_a_pipeline_that_cannot_be_stopped():
+    with pytest.raises(ValueError, match="SimpleNamespace cannot be interrupted.*'raise'"):
+        StepGuard(action="stop")(SimpleNamespace(), 0, 0, {"latents": torch.zeros(1)})
+
+
 def test_latents_have_to_be_among_the_tensors():
     with pytest.raises(ValueError, match="StepGuard needs 'latents'.*callback_on_step_end_tensor"):
         StepGuard()(SimpleNamespace(), 0, 0, {"prompt_embeds": torch.zeros(1)})
