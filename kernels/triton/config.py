@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TUNED = Path(__file__).with_name("tuned.json")
 DENSITIES = (0.15, 0.35, 1.0)  # upper ends of the bands a configuration is tuned for
@@ -122,18 +122,23 @@ def choose(key: Key, rows: int | None = None, density: Callable[[], float] | Non
 def tuned() -> dict[Key, dict[float, Config]]:
     """Timed configurations: key -> upper end of a density band -> configuration."""
     table: dict[Key, dict[float, Config]] = {}
-    rows = json.loads(TUNED.read_text()) if TUNED.exists() else []
-    for row in rows:
+    for row in read(TUNED):
         key = Key(**{**row["key"], "block": tuple(row["key"]["block"])})
         table.setdefault(key, {})[row["density"]] = Config(**row["config"])
     return table
 
 
-def dump(table: dict[Key, dict[float, Config]], **about: str) -> str:
-    """The text of `TUNED`: one entry a line, each with ``about`` (device, versions, commit)."""
-    rows = [
-        {"key": key._asdict(), "density": band, "config": config._asdict(), **about}
-        for key, bands in table.items()
-        for band, config in bands.items()
-    ]
-    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a table, none where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def entry(key: Key, density: float, config: Config, **about: Any) -> dict[str, Any]:
+    """An entry of a table, with whatever says where it comes from."""
+    key_fields = {**key._asdict(), "block": list(key.block)}
+    return {"key": key_fields, "density": density, "config": config._asdict(), **about}
+
+
+def dump(entries: Iterable[dict[str, Any]]) -> str:
+    """The text of `TUNED`, one entry a line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in entries) + "\n]\n"
