@@ -7,6 +7,7 @@ result back. *Kernel* is the carrier alone, on tensors that are in order.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ def add_parser(subparsers: Any) -> None:
         "what",
         nargs="?",
         default="attention",
-        choices=("attention", "gna", "damage", "metrics"),
-        help="an attention call, GNA's windows, which metric sees which damage, their cost",
+        choices=("attention", "gna", "kernel", "tune", "damage", "metrics"),
+        help="an attention call, GNA's windows, calls of real models on a GPU, tile sizes of the "
+        "Triton kernel, which metric sees which damage, their cost",
     )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
@@ -59,6 +61,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="seed of tensors and masks")
     parser.add_argument("--out", help="append the results to this JSON-lines file")
+    group = parser.add_argument_group("kernel, tune", "Calls of real models on a GPU.")
+    group.add_argument("--suite", default="hopper", help="hopper, or smoke: tiny, on the CPU")
+    group.add_argument("--limit", type=float, default=440, help="seconds for all pieces")
+    group.add_argument("--piece-limit", type=float, default=40, help="seconds for one piece")
+    group.add_argument("--again", action="store_true", help="also what the file already holds")
+    group.add_argument("--table", help="write the results as this Markdown page")
+    group.add_argument("--plot", help="write the rates as this SVG")
     group = parser.add_argument_group("damage, metrics", "Clips of the procedural world.")
     group.add_argument("--clips", type=_positive, default=24, help="how many")
     group.add_argument("--frames", type=_positive, default=17, help="of each")
@@ -68,6 +77,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table for each head size and dtype; 1 when a result was wrong."""
+    if args.what in ("kernel", "tune"):  # these run where only torch and triton are installed
+        return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
     import torch
 
     from gen_accel.cli import bench_damage
@@ -151,7 +162,7 @@ class _Bench:
         self.masks = {
             f"{name} {density:g}": lists(make(args.heads, columns, density, generator))
             for density in args.densities
-            for name, make in (("uniform", _uniform), ("calibrated", _calibrated))
+            for name, make in (("uniform", uniform_mask), ("calibrated", calibrated_mask))
         }
         self.no_flex = available()["flex"]
         self.wrong: dict[str, str] = {}
@@ -332,27 +343,30 @@ def _exact(tensors: Sequence[Tensor], blocks: Blocks | None = None) -> Tensor:
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def _uniform(heads: int, columns: int, density: float, generator: torch.Generator) -> Tensor:
+def uniform_mask(heads: int, columns: int, density: float, generator: torch.Generator) -> Tensor:
     """Random lists, equally many blocks in every row."""
     import torch
 
-    scores = torch.rand(1, heads, columns, columns, generator=generator)
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
+    scores = torch.rand(1, heads, columns, columns, **options)
     kept = scores.topk(max(1, round(density * columns)), dim=-1).indices
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, kept, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
 
 
-def _calibrated(heads: int, columns: int, density: float, generator: torch.Generator) -> Tensor:
+def calibrated_mask(heads: int, columns: int, density: float, generator: torch.Generator) -> Tensor:
     """As a calibration makes them: one threshold for all heads, so that heads and rows differ.
 
     Each head has a diagonal of its own width, stray mass, and rows of different sharpness.
     """
     import torch
 
-    distance = (torch.arange(columns)[:, None] - torch.arange(columns)).abs() / columns
-    width = torch.logspace(-1.5, -0.2, heads)[:, None, None]
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
+    place = torch.arange(columns, device=generator.device)
+    distance = (place[:, None] - place).abs() / columns
+    width = torch.logspace(-1.5, -0.2, heads, device=generator.device)[:, None, None]
     scores = torch.exp(-distance / width) / width
-    scores = scores + 0.3 * torch.rand(heads, columns, columns, generator=generator) ** 4
-    scores = scores * torch.exp(0.5 * torch.randn(heads, columns, 1, generator=generator))
+    scores = scores + 0.3 * torch.rand(heads, columns, columns, **options) ** 4
+    scores = scores * torch.exp(0.5 * torch.randn(heads, columns, 1, **options))
     kept = max(heads * columns, round(density * scores.numel()))
     scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     return (scores >= scores.flatten().topk(kept).values[-1])[None]

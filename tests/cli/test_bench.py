@@ -81,8 +81,8 @@ def test_threads_are_put_back(capsys):
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 1.0])
 def test_masks_have_the_density(density):
     generator = torch.Generator().manual_seed(0)
-    uniform = bench._uniform(4, 64, density, generator)
-    calibrated = bench._calibrated(4, 64, density, generator)
+    uniform = bench.uniform_mask(4, 64, density, generator)
+    calibrated = bench.calibrated_mask(4, 64, density, generator)
     for mask in (uniform, calibrated):
         assert mask.shape == (1, 4, 64, 64)
         assert float(mask.float().mean()) == pytest.approx(density, abs=1e-3)

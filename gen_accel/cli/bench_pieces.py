@@ -1,0 +1,446 @@
+"""Pieces of ``gen-accel bench kernel``: candidates that are checked, then timed side by side.
+
+A result has to be right before it is timed: some query blocks of some heads are compared with the
+definition in fp64, on data nobody has seen before, with all memory that nobody wrote filled with
+NaN.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gen_accel.cli.bench_kernel import Case, Suite
+    from gen_accel.eval.harness import Timing
+    from gen_accel.kernels.blocks import Blocks
+    from gen_accel.kernels.tail import Tail
+
+_TAILS = (None, "rectified", "joint")
+_FEWEST = 5  # rounds, where 20 would not fit into a piece's time
+_FACTOR = 4  # times the error of dense SDPA is right
+_LOSSY = 0.1  # error allowed to a kernel that computes in 8 bits
+_AXES = tuple(itertools.permutations(range(3)))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of computing something.
+
+    Attributes:
+        name: What the table calls it.
+        run: Does it.
+        error: Relative L2 error of its result.
+        config: What sets its row apart.
+        allowed: Largest error; None takes a multiple of dense SDPA's own.
+        ours: It has to work, and is checked with unwritten memory full of NaN.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[Any], float]
+    config: dict[str, Any] = field(default_factory=dict)
+    allowed: float | None = None
+    ours: bool = True
+
+
+class Piece:
+    """Some candidates that are timed against each other."""
+
+    def __init__(self, suite: Suite, case: Case, part: str, seed: int) -> None:
+        import torch
+
+        self.suite, self.case, self.part, self.seed = suite, case, part, seed
+        self.generator = torch.Generator(suite.device).manual_seed(seed)
+        self.q, self.k, self.v = (self._random(case.tokens) for _ in range(3))
+        self.scale = case.dim**-0.5
+        self.sample = _Sample(case, seed)
+        self.errors: dict[str, float] = {}
+        self.wrong: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        self.timings: dict[str, Timing] = {}
+        self.candidates = self.build()
+
+    def build(self) -> list[Candidate]:
+        """The candidates of this part."""
+        kind, _, density = self.part.partition(" ")
+        if kind in ("dense", "around"):
+            return self._dense() if kind == "dense" else self._around()
+        lists = "realistic" if kind == "flex" else kind
+        return self._sparse(lists, float(density), kind == "flex")
+
+    def _random(self, tokens: int) -> Tensor:
+        import torch
+
+        shape = (1, tokens, self.case.heads, self.case.dim)
+        options: dict[str, Any] = {"device": self.suite.device, "dtype": torch.bfloat16}
+        return torch.randn(shape, generator=self.generator, **options)
+
+    # ---- candidates ------------------------------------------------------------------------------
+
+    def _dense(self) -> list[Candidate]:
+        import torch.nn.functional as F
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        from gen_accel.kernels.blocks import Blocks
+
+        tensors = (self.q, self.k, self.v)
+
+        def sdpa(*backends: SDPBackend) -> Tensor:
+            with sdpa_kernel(list(backends)):
+                q, k, v = (x.transpose(1, 2) for x in tensors)
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        def candidate(name: str, run: Callable[[], Any], **options: Any) -> Candidate:
+            config = {"lists": "dense", "density": 1.0, "tflop": self.tflop(None)}
+            return Candidate(name, run, partial(self.error, None, None), config, **options)
+
+        found = []
+        if self.suite.device == "cuda":
+            for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                name = f"SDPA, {backend.name.split('_')[0].lower()}"
+                found.append(candidate(name, partial(sdpa, backend), ours=False))
+            found.append(
+                candidate("sageattention", partial(_sage, *tensors), allowed=_LOSSY, ours=False)
+            )
+        else:
+            either = partial(sdpa, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+            found.append(candidate("SDPA", either, ours=False))
+        rows = -(-self.case.tokens // self.case.block)
+        mask = self.q.new_ones(1, 1, rows, rows).bool()
+        size = {"q_len": self.case.tokens, "kv_len": self.case.tokens}
+        everything = Blocks.from_mask(mask, block_size=self.case.block, **size)
+        for impl in self.suite.impls:
+            found.append(candidate(impl, partial(self._attend, impl, None, None)))
+            every = partial(self._attend, impl, everything, None)
+            found.append(candidate(f"{impl}, all blocks listed", every))
+        return found
+
+    def _sparse(self, lists: str, density: float, flex: bool) -> list[Candidate]:
+        blocks = self.blocks(lists, density)
+        kept = blocks.full_kv_num_blocks.float() / blocks.num_kv_blocks
+        config = {
+            "lists": lists,
+            "target": density,
+            "density": blocks.density(),
+            "densest_row": float(kept.max()),
+            "tflop": self.tflop(blocks),
+        }
+        found = []
+        for impl in ("flex",) if flex else self.suite.impls:
+            for tail in _TAILS if lists == "realistic" and not flex else (None,):
+                stand_in = self.tail(tail, blocks)
+                found.append(
+                    Candidate(
+                        impl if tail is None else f"{impl}, {tail} tail",
+                        partial(self._attend, impl, blocks, stand_in),
+                        partial(self.error, blocks, stand_in),
+                        {**config, "tail": tail or "drop"},
+                        ours=not flex,
+                    )
+                )
+        return found
+
+    def _around(self) -> list[Candidate]:
+        """What surrounds the kernel in a call: plan, order, inverse."""
+        import torch
+
+        from gen_accel.kernels.pool import group_means
+        from gen_accel.kernels.prepare import AxisPlaces, Rope, prepare, restore
+        from gen_accel.kernels.route import _choose, route, to_lists
+
+        case, heads, device = self.case, self.sample.heads, self.suite.device
+        axes = [order for order, _ in zip(itertools.cycle(_AXES), range(case.heads))]
+        places = AxisPlaces.from_axes(axes, case.grid, 0, device)
+        some = AxisPlaces(places.strides[heads], case.grid)
+        angle = torch.rand(case.video, case.dim // 2, generator=self.generator, device=device)
+        rope = Rope(angle.cos(), angle.sin())
+        ordered = prepare(self.q, places)
+
+        def pool() -> Tensor:
+            q, k = (group_means(x, case.block).mean.transpose(1, 2) for x in (self.q, self.k))
+            return q @ k.transpose(2, 3)
+
+        scores = pool()
+        keep = max(1, scores.shape[-1] // 5)
+
+        def orders() -> list[Tensor]:
+            return [
+                prepare(x, places, turn)
+                for x, turn in ((self.q, rope), (self.k, rope), (self.v, None))
+            ]
+
+        def whole() -> Tensor:
+            route(pool(), keep=keep)
+            return restore(orders()[0], places)
+
+        # In fp64 these functions are their definitions.
+        def pool_error(found: Tensor) -> float:
+            q, k = (
+                group_means(x[:, :, heads].double(), case.block).mean.transpose(1, 2)
+                for x in (self.q, self.k)
+            )
+            return _relative(found[:, heads], q @ k.transpose(2, 3))
+
+        def route_error(found: tuple[Tensor, Tensor]) -> float:
+            right = to_lists(_choose(scores[:, heads], keep, None, None), keep)
+            return float(any(not torch.equal(a[:, heads], b) for a, b in zip(found, right)))
+
+        def order_error(found: list[Tensor]) -> float:
+            right = prepare(self.k[:, :, heads].double(), some, rope)
+            return _relative(found[1][:, heads], right)
+
+        def inverse_error(found: Tensor) -> float:
+            return _relative(found, self.q)
+
+        def whole_error(found: Tensor) -> float:
+            right = prepare(self.q[:, :, heads].double(), None, rope).transpose(1, 2)
+            return _relative(found[:, :, heads], right)
+
+        config = {"lists": "around", "density": 1.0}
+        found: list[tuple[str, Callable[[], Any], Callable[[Any], float], float]] = [
+            ("pooled scores of q and k", pool, pool_error, 1e-4),
+            ("block lists from scores", lambda: route(scores, keep=keep), route_error, 0.0),
+            ("RoPE and order of q, k and v", orders, order_error, 2**-8),
+            ("inverse order of the result", lambda: restore(ordered, places), inverse_error, 0.0),
+            ("plan, order and inverse", whole, whole_error, 2**-8),
+        ]
+        return [Candidate(name, fn, error, config, limit) for name, fn, error, limit in found]
+
+    def _attend(self, impl: str, blocks: Blocks | None, tail: Tail | None) -> Tensor:
+        from gen_accel.kernels.api import block_sparse_attention
+
+        return block_sparse_attention(self.q, self.k, self.v, blocks, tail=tail, impl=impl)
+
+    def tail(self, name: str | None, blocks: Blocks) -> Tail | None:
+        """What stands in for hidden blocks of the video."""
+        from gen_accel.kernels.tail import block_scores, pool_keys, rectify
+
+        case, pooled = self.case, self.case.pooled
+        if name == "joint":
+            return pool_keys(self.k[:, :pooled], self.v[:, :pooled], case.block)
+        if name == "rectified":
+            size = (case.block, case.block)
+            scores = block_scores(self.q, self.k, *size, pooled=pooled, scale=self.scale)
+            return rectify(self.v, blocks, scores, pooled=pooled)
+        return None
+
+    def blocks(self, lists: str, density: float) -> Blocks:
+        """Lists over the video's blocks; what holds text is seen by all and sees all."""
+        import torch
+
+        from gen_accel.cli.bench import calibrated_mask, uniform_mask
+        from gen_accel.kernels.blocks import Blocks
+
+        case = self.case
+        make = uniform_mask if lists == "uniform" else calibrated_mask
+        rows = -(-case.tokens // case.block)
+        video = -(-case.pooled // case.block)
+        mask = torch.ones(1, case.heads, rows, rows, dtype=torch.bool, device=self.suite.device)
+        mask[..., :video, :video] = make(case.heads, video, density, self.generator)
+        size = {"q_len": case.tokens, "kv_len": case.tokens, "block_size": case.block}
+        return Blocks.from_mask(mask, **size)
+
+    def tflop(self, blocks: Blocks | None) -> float:
+        """Operations on pairs of tokens that are kept."""
+        import torch
+
+        case = self.case
+        pairs = float(case.heads * case.tokens**2)
+        if blocks is not None:
+            mask = blocks.mask()
+            sizes = torch.full(mask.shape[-1:], case.block, dtype=torch.float64, device=mask.device)
+            sizes[-1] = case.tokens - case.block * (len(sizes) - 1)
+            pairs = float(sum(sizes @ head.double() @ sizes for head in mask[0]))
+        return 4e-12 * case.dim * pairs
+
+    # ---- right, then timed -----------------------------------------------------------------------
+
+    def measure(self, seconds: float) -> None:
+        """Check every candidate, then time those that are right, for about that long."""
+        from gen_accel.eval.harness import measure
+
+        allowed = _FACTOR * self.error(None, None, self._plain())
+        for candidate in self.candidates:
+            try:
+                # Poison would make torch compile FlexAttention twice.
+                with _poisoned() if candidate.ours else nullcontext():
+                    result = candidate.run()
+            except Exception as reason:
+                # What is not installed or not made for this device may be absent; a fault may not.
+                absent = isinstance(reason, (ValueError, ImportError)) or not candidate.ours
+                said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+                (self.absent if absent else self.wrong)[candidate.name] = said
+                continue
+            error = candidate.error(result)
+            del result
+            self.errors[candidate.name] = error
+            limit = allowed if candidate.allowed is None else candidate.allowed
+            if not error <= limit:  # NaN is wrong too
+                self.wrong[candidate.name] = f"error {error:.1e}, allowed {limit:.1e}"
+        right = {c.name: c.run for c in self.candidates if c.name in self.errors}
+        right = {name: fn for name, fn in right.items() if name not in self.wrong}
+        if not right:
+            return
+        rounds = self.suite.repeats
+        if rounds > _FEWEST:
+            start = time.monotonic()
+            measure(right, 1, warmup=0, device=self.suite.device)
+            fit = int(seconds / max(time.monotonic() - start, 1e-9))
+            rounds = min(rounds, max(_FEWEST, fit))
+        self.timings = measure(right, rounds, warmup=1, device=self.suite.device)
+
+    def _plain(self) -> Tensor:
+        """Dense SDPA of this dtype: its error says how near is right."""
+        import torch.nn.functional as F
+
+        query = self.q[:, self.sample.tokens(self.q.device)].transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            query, self.k.transpose(1, 2), self.v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    def error(self, blocks: Blocks | None, tail: Tail | None, out: Tensor) -> float:
+        """Relative L2 error of the sampled part of a result."""
+        tokens = self.sample.tokens(out.device)
+        if out.shape[1] != len(tokens):
+            out = out[:, tokens]
+        right = self.sample.exact(self.q, self.k, self.v, blocks, tail, self.scale)
+        return _relative(out[:, :, self.sample.heads], right)
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def text(self) -> str:
+        """A line per candidate."""
+        lines = [f"{self.case.name}, {self.part}"]
+        for c in self.candidates:
+            if c.name in self.absent:
+                lines.append(f"  {c.name:32} not measured: {self.absent[c.name]}")
+            elif c.name in self.wrong:
+                lines.append(f"  {c.name:32} WRONG: {self.wrong[c.name]}")
+            else:
+                timing = self.timings[c.name]
+                low, high = (1e3 * x for x in timing.spread)
+                rate = ""
+                if "tflop" in c.config:
+                    rate = f"{c.config['tflop'] / timing.median:9.1f} TFLOP/s"
+                lines.append(
+                    f"  {c.name:32}{1e3 * timing.median:10.3f} ms  {low:.3f}..{high:.3f}{rate}"
+                    f"  density {c.config['density']:.3f}  error {self.errors[c.name]:.1e}"
+                )
+        return "\n".join(lines)
+
+    def rows(self, suite: str) -> list[dict[str, Any]]:
+        """One row per time; none for what was wrong or absent."""
+        from gen_accel.eval.harness import result_row
+
+        clock = _sm_clock() if self.suite.device == "cuda" else None
+        common: dict[str, Any] = {"suite": suite, "case": self.case.name, "part": self.part}
+        common |= {"dtype": "bf16", "block": self.case.block, "sm_clock_mhz": clock}
+        return [
+            result_row(
+                "kernel",
+                c.name,
+                1e3 * self.timings[c.name].median,
+                "ms",
+                n=len(self.timings[c.name].seconds),
+                spread=[1e3 * x for x in self.timings[c.name].spread],
+                config={**common, **c.config, "error": self.errors[c.name]},
+                shape=self.q.shape,
+                seed=self.seed,
+                device=self.suite.device,
+            )
+            for c in self.candidates
+            if c.name in self.timings
+        ]
+
+
+class _Sample:
+    """The part of a result that is compared: two heads, the first, a middle and the last block."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        last = -(-case.tokens // case.block) - 1
+        self.case = case
+        self.blocks = sorted({0, seed * 7919 % max(1, last), last})
+        self.heads = sorted({0, case.heads - 1})
+
+    def tokens(self, device: torch.device) -> Tensor:
+        import torch
+
+        block, end = self.case.block, self.case.tokens
+        starts = [torch.arange(b * block, min(end, (b + 1) * block)) for b in self.blocks]
+        return torch.cat(starts).to(device)
+
+    def exact(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, tail: Tail | None,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """By the definition, in fp64: ``[1, tokens of the sample, its heads, head_dim]``."""
+        from gen_accel.kernels import reference
+        from gen_accel.kernels.blocks import Blocks
+        from gen_accel.kernels.tail import Pooled
+
+        tokens, heads = self.tokens(q.device), self.heads
+        some = None
+        if blocks is not None:
+            counts, lists = (
+                x.expand(-1, q.shape[2], *x.shape[2:])[:, heads][:, :, self.blocks]
+                for x in (blocks.full_kv_num_blocks, blocks.full_kv_indices)
+            )
+            sizes = (blocks.kv_len, blocks.block_q, blocks.block_kv)
+            some = Blocks(counts, lists, len(tokens), *sizes)
+        if isinstance(tail, Pooled):
+            tail = replace(tail, key=tail.key[:, :, heads], value=tail.value[:, :, heads])
+        elif tail is not None:
+            ratio, shift = (x[:, heads][:, :, self.blocks] for x in (tail.ratio, tail.shift))
+            tail = replace(tail, ratio=ratio, shift=shift)
+        tensors = [x[:, :, heads].double() for x in (q[:, tokens], k, v)]
+        return reference.attention(*tensors, some, scale, tail)[0]
+
+
+def _relative(found: Tensor, right: Tensor) -> float:
+    right = right.double()
+    return float((found.double() - right).norm() / right.norm())
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds NaN."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if importlib.util.find_spec("sageattention") is None:
+        raise ImportError("sageattention is not installed: pip install sageattention==1.0.6")
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD")
+
+
+def _sm_clock() -> int | None:
+    """MHz right after the piece, or None."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        return int(said.split()[0])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return None

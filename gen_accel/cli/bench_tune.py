@@ -1,0 +1,125 @@
+"""``gen-accel bench tune``: time the tile sizes of the Triton kernel and write the table it reads.
+
+Every configuration worth timing (`kernels.triton.config.candidates`) is checked, then timed on
+unbalanced lists of each band of densities; the fastest goes into ``tuned.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gen_accel.cli.bench_kernel import Case, Suite, prepare_run
+from gen_accel.cli.bench_pieces import Candidate, Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gen_accel.kernels.blocks import Blocks
+    from gen_accel.kernels.tail import Tail
+    from gen_accel.kernels.triton.config import Config, Key
+
+# What is tuned on. Long enough that a launch is noise, short enough that compiling dominates.
+SUITES = {
+    "hopper": Suite((Case("tune", (21, 30, 52), 0, 12),), "cuda", ("triton",), flex=False),
+    "smoke": Suite((Case("tune", (2, 8, 8), 0, 2),), "cpu", ("triton",), flex=False, repeats=1),
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the fastest configurations; 1 when a configuration gave a wrong result."""
+    suite = prepare_run(SUITES, args.suite)
+    if suite.device == "cpu" and not args.out:
+        raise ValueError(
+            f"--suite {args.suite}: times of a CPU must not ship; name a file with --out"
+        )
+    import torch
+
+    from gen_accel.eval.files import write_text
+    from gen_accel.eval.harness import result_row
+    from gen_accel.kernels.triton import config as configs
+
+    out = Path(args.out or configs.TUNED)
+    entries = [] if args.again else configs.read(out)
+    here = result_row("tune", "", 0.0, "ms", device=suite.device)
+    about = {name: here[name] for name in ("device", "versions", "commit")}
+    good = True
+    for key in _keys(args, suite.device):
+        for band in configs.DENSITIES:
+            # What is known of a key and a band, whatever the rest of its entry says.
+            wanted = configs.entry(key, band, configs.candidates(key)[0])
+            if any(all(e[name] == wanted[name] for name in ("key", "density")) for e in entries):
+                continue
+            piece = _TunePiece(suite, key, band, args.seed)
+            with torch.no_grad():
+                piece.measure(args.piece_limit)
+            print(piece.text(), flush=True)
+            good &= not piece.wrong
+            if not piece.timings:
+                continue
+            name = min(piece.timings, key=lambda name: piece.timings[name].median)
+            milliseconds = 1e3 * piece.timings[name].median
+            found = configs.entry(key, band, piece.configs[name], ms=milliseconds, **about)
+            entries.append(found)
+            write_text(out, configs.dump(entries))
+    print(f"{out}: {len(entries)} entries")
+    return 0 if good else 1
+
+
+def _keys(args: argparse.Namespace, device: str) -> list[Key]:
+    import torch
+
+    from gen_accel.kernels.triton.config import Key
+
+    capability = 0
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    block = (args.block, args.block)
+    small = args.block < 128  # such rows are merged, which needs masks
+    return [
+        Key(capability, dim, dtype, block, small, tail)
+        for dim in args.head_dims
+        for dtype in args.dtypes
+        if dtype != "fp32"
+        for tail in (False, True)
+    ]
+
+
+class _TunePiece(Piece):
+    """All configurations of one key at one density."""
+
+    def __init__(self, suite: Suite, key: Key, band: float, seed: int) -> None:
+        self.key = key
+        self.configs: dict[str, Config] = {}
+        case = suite.cases[0]
+        case = Case(case.name, case.grid, 0, case.heads, key.head_dim, key.block[0])
+        super().__init__(suite, case, f"realistic {min(band, 0.6) * 0.9:g}", seed)
+        self.part = f"{', '.join(map(str, key))}, density up to {band:g}"
+
+    def build(self) -> list[Candidate]:
+        """One candidate per configuration."""
+        import torch
+
+        from gen_accel.kernels.triton.config import candidates
+
+        if self.key.dtype == "fp16":
+            self.q, self.k, self.v = (x.to(torch.float16) for x in (self.q, self.k, self.v))
+        density = float(self.part.split()[1])
+        blocks = self.blocks("realistic", density)
+        tail = self.tail("joint" if self.key.tail else None, blocks)
+        row = {"density": blocks.density(), "tflop": self.tflop(blocks)}
+        self.configs = {" ".join(map(str, c)): c for c in candidates(self.key)}
+        error = partial(self.error, blocks, tail)
+        return [
+            Candidate(name, partial(self._run, blocks, tail, config), error, row)
+            for name, config in self.configs.items()
+        ]
+
+    def _run(self, blocks: Blocks, tail: Tail | None, config: Config) -> Tensor:
+        from gen_accel.kernels.triton.launch import attend
+
+        tensors = (self.q, self.k, self.v)
+        return attend(*tensors, blocks, self.scale, tail=tail, config=config)[0]
