@@ -100,6 +100,8 @@ def choose_blocks(
     if forced is not None and setting.inside:
         ranked = mass.masked_fill(forced, 2.0)  # ahead of every mass
     keep = max(1, round(density * number))
+    if keep >= number:  # the text must not take a block's place
+        return torch.ones_like(mass, dtype=torch.bool)
     if setting.beta is not None:
         chosen = _above(mass, setting.beta)
     elif setting.budget == "layer":
