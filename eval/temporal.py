@@ -16,11 +16,13 @@ from gen_accel.eval.metric import Metric
 # second, (x, y) in pixels: first[y, x] looks like second[y + flow[1], x + flow[0]].
 Flow = Callable[[Tensor, Tensor], Tensor]
 
-_SMALLEST = 12  # pixels; below, DIS has no place for its 8x8 patches
+_SMALLEST, _FULL = 12, 128  # pixels; below 12, DIS has no place for its 8x8 patches
 
 
 def dis_flow(first: Tensor, second: Tensor) -> Tensor:
-    """Dense inverse search (Kroeger et al. 2016) by OpenCV: medium preset, down to full resolution.
+    """Dense inverse search (Kroeger et al. 2016) by OpenCV, medium preset.
+
+    The preset stops at half resolution; frames of less than 128 pixels are searched in full.
 
     Args:
         first: Frame ``[channels, height, width]``, 1 or 3 channels, float in [0, 1].
@@ -40,7 +42,8 @@ def dis_flow(first: Tensor, second: Tensor) -> Tensor:
             f"{_SMALLEST}x{_SMALLEST}; resize first or pass another flow"
         )
     search: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    search.setFinestScale(0)
+    if min(first.shape[-2:]) < _FULL:
+        search.setFinestScale(0)  # halves the error there, and takes five times as long
     # Rec. 601, as cv2.cvtColor.
     weights = first.new_tensor([0.299, 0.587, 0.114])[:, None, None] if len(first) == 3 else 1
     grey = [((f * weights).sum(0) * 255).round().byte().cpu().numpy() for f in (first, second)]
@@ -190,8 +193,8 @@ def _warped(
     video: Tensor, reference: Tensor, flow: Flow, per_frame: bool, penalty: Callable[[Any], Tensor]
 ) -> Tensor:
     def of_pair(now: Tensor, after: Tensor, ref_now: Tensor, ref_after: Tensor) -> Tensor:
-        forward = flow(ref_now, ref_after).to(now)
-        seen = visible(forward, flow(ref_after, ref_now).to(now))
+        forward = flow(ref_now, ref_after)
+        seen = visible(forward, flow(ref_after, ref_now)).to(now.device)
         error = penalty(warp(after, forward) - now).mean(0)
         return (error * seen).sum() / seen.sum().clamp_min(1)
 
