@@ -49,7 +49,7 @@ def block_mass(
     """
     batch, _, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    if blocks and fused(q, k):
+    if fused(q, k):
         from gen_accel.kernels.triton import mass as kernel
 
         if kernel.takes(q, block):
