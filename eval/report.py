@@ -83,29 +83,29 @@ class Report:
         title: Headline.
         summary: One sentence with the result.
         rows: The table of methods; the first row is the baseline that speed-ups refer to.
-        tables: Title -> further table.
         media: Players, side by side.
-        clips: Title -> players that run together.
-        plots: Title -> charts.
         pictures: Title -> row of pictures, e.g. before and after.
         notes: What a reader has to know to judge the numbers.
         config: Settings of the run.
         versions: Package -> version.
         data: Further numbers for report.json only.
+        tables: Title -> further table.
+        clips: Title -> players that run together.
+        plots: Title -> charts.
     """
 
     title: str
     summary: str
     rows: Sequence[Row] = ()
-    tables: Mapping[str, Table] = field(default_factory=dict)
     media: Sequence[Media] = ()
-    clips: Mapping[str, Sequence[Media]] = field(default_factory=dict)
-    plots: Mapping[str, Sequence[Plot]] = field(default_factory=dict)
     pictures: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    clips: Mapping[str, Sequence[Media]] = field(default_factory=dict)
+    plots: Mapping[str, Sequence[Plot]] = field(default_factory=dict)
 
     def speedup(self, row: Row) -> float:
         """Time of the first row over the time of ``row``."""

@@ -121,7 +121,7 @@ def _write(
     if handle is not None:
         config["processor"] = repr(handle.processor)
     seconds = {method: [s for _, s in clips] for method, clips in results.items()}
-    data = {"prompts": prompts, "seconds": seconds}
+    data: dict[str, Any] = {"prompts": prompts, "seconds": seconds}
     notes = ["Times are whole pipeline calls on this machine, averaged over the prompts."]
     if handle is not None:
         data["summary"] = handle.summary().splitlines()

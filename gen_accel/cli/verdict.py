@@ -395,13 +395,13 @@ def _write(folder: Path, args: argparse.Namespace, court: Court, ranked: Sequenc
     }
     config = {"model": args.model, "seed": court.seed, **court.renders.call}
     config |= {label: repr(court.trials[label].setting.processor()) for label in ranked}
+    tables = {
+        "Limits": Table(_HEAD, _lines(court, ranked)),
+        "Definitions": pages.definitions(court.metrics.values()),
+    }
     report = Report(
-        "gen-accel verdict", summary, methods, {
-            "Limits": Table(_HEAD, _lines(court, ranked)),
-            "Definitions": pages.definitions(court.metrics.values()),
-        },
-        clips=clips, plots=plots, pictures={"Density": pictures}, notes=notes, config=config,
-        versions=versions(), data=data,
+        "gen-accel verdict", summary, methods, tables=tables, clips=clips, plots=plots,
+        pictures={"Density": pictures}, notes=notes, config=config, versions=versions(), data=data,
     )  # fmt: skip
     return write_report(folder, report)
 
