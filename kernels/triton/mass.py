@@ -92,15 +92,16 @@ def block_mass(q: Tensor, k: Tensor, block: int, blocks: int, sampled: int, scal
     # are measured: 16 warps then, for 8 would spill.
     tile_k = max(64, columns)
     tile_q = max(64 if tile_k > 64 else 128, rows)
-    _mass_kernel[(triton.cdiv(blocks * rows, tile_q), heads, batch)](
-        q, k, mass, scale * _LOG2_E,
-        *q.stride()[:3], *k.stride()[:3],
-        k.shape[1], blocks, heads,
-        BLOCK=block, SAMPLED=sampled, ROWS=rows, COLUMNS=columns, TILE_Q=tile_q, TILE_K=tile_k,
-        DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=16 if tile_q == tile_k == 128 else 8, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _mass_kernel[(triton.cdiv(blocks * rows, tile_q), heads, batch)](
+            q, k, mass, scale * _LOG2_E,
+            *q.stride()[:3], *k.stride()[:3],
+            k.shape[1], blocks, heads,
+            BLOCK=block, SAMPLED=sampled, ROWS=rows, COLUMNS=columns, TILE_Q=tile_q, TILE_K=tile_k,
+            DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)),
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=16 if tile_q == tile_k == 128 else 8, num_stages=2,
+        )  # fmt: skip
     return mass.mean(0)
 
 

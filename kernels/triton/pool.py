@@ -77,13 +77,14 @@ def pool(
         real = real.to(torch.uint8).contiguous()
     columns = triton.next_power_of_2(dim)
     rows = min(triton.next_power_of_2(size), max(1, _ELEMENTS // columns))
-    _pool_kernel[(groups, heads, batch)](
-        x, x if real is None else real, mean, count, spread, square,
-        x.stride(0), x.stride(1), x.stride(2), tokens, groups, heads,
-        SIZE=size, DIM=dim, ROWS=rows, COLUMNS=columns, HAS_REAL=real is not None,
-        HAS_DEVIATION=deviation, HAS_VARIANCE=variance,
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _pool_kernel[(groups, heads, batch)](
+            x, x if real is None else real, mean, count, spread, square,
+            x.stride(0), x.stride(1), x.stride(2), tokens, groups, heads,
+            SIZE=size, DIM=dim, ROWS=rows, COLUMNS=columns, HAS_REAL=real is not None,
+            HAS_DEVIATION=deviation, HAS_VARIANCE=variance,
+            num_warps=4,
+        )  # fmt: skip
     return outputs
 
 

@@ -135,13 +135,14 @@ def _launch(x, out, strides, index, grid, rope=(None, None, 0, False), back=Fals
     cos_strides = (0, 0) if cos is None else cos.stride()
     sin_strides = (0, 0) if sin is None else sin.stride()
     # Pointers that are not read still need a tensor.
-    _prepare_kernel[(triton.cdiv(rows, tile), triton.cdiv(heads, _HEADS), batch)](
-        x, out, x if strides is None else strides, x if index is None else index,
-        x if cos is None else cos, x if sin is None else sin,
-        *x.stride()[:3], *out.stride()[:3], *cos_strides, *sin_strides,
-        rows, heads, before, frames * height * wide, height * wide, wide,
-        rope_start, 0 if cos is None else cos.shape[0],
-        BACK=back, HAS_STRIDES=strides is not None, HAS_INDEX=index is not None,
-        HAS_ROPE=cos is not None, HALVES=halves,
-        ROWS=tile, HEADS=_HEADS, DIM=dim, WIDTH=width, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _prepare_kernel[(triton.cdiv(rows, tile), triton.cdiv(heads, _HEADS), batch)](
+            x, out, x if strides is None else strides, x if index is None else index,
+            x if cos is None else cos, x if sin is None else sin,
+            *x.stride()[:3], *out.stride()[:3], *cos_strides, *sin_strides,
+            rows, heads, before, frames * height * wide, height * wide, wide,
+            rope_start, 0 if cos is None else cos.shape[0],
+            BACK=back, HAS_STRIDES=strides is not None, HAS_INDEX=index is not None,
+            HAS_ROPE=cos is not None, HALVES=halves,
+            ROWS=tile, HEADS=_HEADS, DIM=dim, WIDTH=width, num_warps=4,
+        )  # fmt: skip

@@ -80,13 +80,15 @@ def route(
     # A bool has no pointer type of its own in a kernel's signature; its bytes do.
     mask = scores if forced is None else forced.view(torch.uint8).expand(scores.shape)
     size = triton.next_power_of_2(columns)
-    _route_kernel[(scores.shape[2], scores.shape[1], scores.shape[0])](
-        scores, mask, counts, lists, 0.0 if beta is None else beta,
-        *scores.stride(), *mask.stride(), columns, width, keep,
-        HAS_KEEP=keep > 0, HAS_BETA=beta is not None, HAS_FORCED=forced is not None, COLUMNS=size,
-        # Few warps: the sums run over the row, and within a warp they need no shared memory.
-        num_warps=max(1, min(8, size // 1024)),
-    )  # fmt: skip
+    with torch.cuda.device_of(scores):
+        _route_kernel[(scores.shape[2], scores.shape[1], scores.shape[0])](
+            scores, mask, counts, lists, 0.0 if beta is None else beta,
+            *scores.stride(), *mask.stride(), columns, width, keep,
+            HAS_KEEP=keep > 0, HAS_BETA=beta is not None, HAS_FORCED=forced is not None,
+            COLUMNS=size,
+            # Few warps: the sums run over the row, and within a warp they need no shared memory.
+            num_warps=max(1, min(8, size // 1024)),
+        )  # fmt: skip
     return counts, lists
 
 
