@@ -160,8 +160,7 @@ def judge(limit: Limit, sparse: Sequence[float], dense: Sequence[float] | None =
         note = f"clip {broken[0]} has no finite value"
         return Finding(limit, "fail", nan, nan, nan, nan, broken[0], math.inf, n, note)
     margins = [limit.margin(s, d) for s, d in zip(sparse, own)]
-    mean = statistics.fmean(margins)
-    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(margins) / math.sqrt(n)
+    mean, half = interval(margins)
     slack = 1e-12 * max(1.0, abs(limit.bound))  # of rounding
     state = "pass" if mean - half >= -slack else "fail" if mean + half < 0 else "back off"
     scale = 1.0
@@ -184,6 +183,19 @@ def judge(limit: Limit, sparse: Sequence[float], dense: Sequence[float] | None =
         -mean / size,
         n,
     )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t interval.
+
+    Raises:
+        ValueError: Fewer than two values.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} clip(s): an interval needs at least 2; give more prompts")
+    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), half
 
 
 def overall(states: Iterable[str]) -> str:

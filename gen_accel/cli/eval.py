@@ -103,7 +103,31 @@ def _table(comparison: Comparison, candidates: list[str]) -> str:
         cells = (_number(totals[c][0].get(name)) for c in candidates)
         lines.append(f"{name:22}{metric.better:8}" + "".join(f"{c:>{width}}" for c in cells))
     notes = dict.fromkeys(note for _, found in totals.values() for note in found)
-    return "\n".join([*lines, *(f"  {note}" for note in notes)])
+    lines += [f"  {note}" for note in notes]
+    for metric, pair, mean, ends, count in _differences(comparison, candidates):
+        lines.append(f"{metric:22}{pair}: {mean} ({ends}, {count} clips)")
+    return "\n".join(lines)
+
+
+def _differences(comparison: Comparison, candidates: list[str]) -> list[tuple[str, ...]]:
+    """Clip by clip against the first candidate: clips differ more than candidates do."""
+    from gen_accel.eval.verdict import interval
+
+    first, *others = candidates
+    values = {c: {s.pair.name: s.values for s in comparison.scored if s.pair.candidate == c}
+              for c in candidates}  # fmt: skip
+    found: list[tuple[str, ...]] = []
+    for name in comparison.metrics:
+        for other in others:
+            both = [clip for clip in values[other] if name in values[other][clip]
+                    and name in values[first].get(clip, ())]  # fmt: skip
+            if len(both) > 1:
+                mean, half = interval(
+                    [values[other][c][name] - values[first][c][name] for c in both]
+                )
+                ends = f"{_number(mean - half)} .. {_number(mean + half)}"
+                found.append((name, f"{other} - {first}", _number(mean), ends, str(len(both))))
+    return found
 
 
 def _left_out(left: Mapping[str, str]) -> list[str]:
@@ -167,6 +191,10 @@ def _write(
         per_clip = [(s.pair.name, s.pair.candidate, *(_number(s.values.get(n)) for n in metrics))
                     for s in scored]  # fmt: skip
         tables["Clips"] = Table(("clip", "candidate", *metrics), per_clip)
+    if differences := _differences(comparison, candidates):
+        head = ("metric", "pair", "mean difference", "95 % interval", "clips")
+        note = "Differences of the same clip, so that what a prompt does to both cancels."
+        tables["Paired differences"] = Table(head, differences, note)
     clips, plots, pictures = {}, {}, {}
     for name in dict.fromkeys(s.pair.name for s in scored if s.frames):
         same = [s for s in scored if s.pair.name == name]

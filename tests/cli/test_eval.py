@@ -4,12 +4,15 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from gen_accel.cli.main import main
 from gen_accel.eval.fidelity import psnr
 from gen_accel.eval.video import read_video, write_video
+from helpers import tiny
 from helpers.clip import save_tiny_clip
 
 OFFLINE = "psnr,ssim,flicker,warp_error,fvd_toy"
@@ -58,13 +61,26 @@ def test_folders_are_paired_by_name_and_written_three_ways(capsys, sets):
     words = (sets / "a", sets / "b", "--reference", sets / "reference", "--metrics", OFFLINE)
     code, text, _ = run(capsys, *words, "--output", out, "--players", 2)
     assert code == 0 and str(out / "index.html") in text
-    table = {line.split()[0]: line.split()[2:] for line in text.splitlines() if line[:3] in OFFLINE}
+    table = {
+        line.split()[0]: line.split()[2:]
+        for line in text.splitlines()
+        if " higher " in line or " lower " in line
+    }
     means = [
         sum(float(psnr(noisy(video(i), sigma), video(i))) for i in range(3)) / 3
         for sigma in (0.01, 0.1)
     ]
     assert [float(x) for x in table["psnr"]] == pytest.approx(means, rel=1e-3)
     assert float(table["fvd_toy"][0]) < float(table["fvd_toy"][1])
+    differences = [
+        float(psnr(noisy(video(i), 0.1), video(i)) - psnr(noisy(video(i), 0.01), video(i)))
+        for i in range(3)
+    ]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(differences), scipy.stats.sem(differences))
+    line = next(line for line in text.splitlines() if line.startswith("psnr") and "b - a" in line)
+    assert [float(x) for x in re.findall(r"-?\d+\.\d+", line)] == pytest.approx(
+        [np.mean(differences), low, high], rel=1e-3
+    )
     found = rows(out)
     totals = {(r["config"]["candidate"], r["name"]): r for r in found if r["kind"] == "eval"}
     assert totals["b", "psnr"]["value"] == pytest.approx(means[1]) and totals["b", "psnr"]["n"] == 3
@@ -136,6 +152,18 @@ def test_the_run_beside_a_clip_is_shown(capsys, sets):
     page = (sets / "out" / "index.html").read_text()
     assert "Density of a" in page and "density 0.250" in page and "m/x" in page
     assert "first 20% of the steps" in page
+
+
+def test_what_generate_wrote_is_understood(capsys, tmp_path):
+    tiny.tiny_wan()[0].save_pretrained(tmp_path / "model")
+    words = ["generate", f"--model={tmp_path / 'model'}", "--prompt=a cat", "--compare"]
+    words += ["--height=64", "--width=96", "--num-frames=9", "--num-inference-steps=3"]
+    words += ["pipeline.max_sequence_length=32", "processor.min_tokens=0", "processor.block=16"]
+    assert main([*words, f"--output={tmp_path / 'made'}"]) == 0
+    clips = (tmp_path / "made" / "000.paro.mp4", "--reference", tmp_path / "made/000.dense.mp4")
+    assert run(capsys, *clips, "--output", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Density of 000.paro" in page and "2 layers (down) x 3 steps (across)" in page
 
 
 # ---- bad input: the others are still scored, the failure is counted ------------------------------

@@ -194,6 +194,17 @@ def test_i3d_gets_the_frames_of_the_protocol(tmp_path):
         found(video[:9])
 
 
+def test_golden_value_of_the_real_file():
+    """Zeros against ones: 151.256 in the StyleGAN-V port (common_metrics_on_video_quality)."""
+    try:
+        found = features.i3d()
+    except ValueError as error:
+        pytest.skip(str(error))
+    zeros = torch.zeros(8, 30, 3, 64, 64)
+    with pytest.warns(FewClipsWarning):
+        assert METRICS["fvd"](zeros, zeros + 1, found) == pytest.approx(151.256, abs=0.05)
+
+
 def test_another_file_is_not_run(tmp_path):
     path = tmp_path / "i3d_torchscript.pt"
     path.write_bytes(b"something else")
