@@ -15,9 +15,11 @@ from torch import nn
 from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
+from gen_accel.hoist import Hoist, hoist_order
 from gen_accel.plan import AttentionPlan, PlanError
 from gen_accel.planner.base import Planner
 from gen_accel.planner.calibrated import CalibratedPlanner
+from gen_accel.planner.pooled import PooledPlanner
 from gen_accel.processors import Policy
 from gen_accel.recorder import Measurement
 
@@ -51,6 +53,7 @@ class Component:
     taken: dict[str, Any]
     left: dict[str, str]
     hook: Any = None
+    hoist: Hoist | None = None
 
     @property
     def heads(self) -> int:
@@ -66,6 +69,9 @@ class Component:
             number = torch.tensor(layer)
             _set(self.transformer.get_submodule(name), kind(self.engine.attend, number, stock))
         self.hook = self.transformer.register_forward_pre_hook(self.engine.begin, with_kwargs=True)
+        if isinstance(self.planner, PooledPlanner):
+            # All heads of all layers share its order, so it is applied once per forward.
+            self.hoist = self.planner.hoist = hoist_order(self.transformer, self.planner.order)
         setattr(self.transformer, _COMPONENT, self)
 
     def remove(self) -> None:
@@ -78,6 +84,8 @@ class Component:
             if isinstance(module.processor, FamilyProcessor):
                 _set(module, stock)
         self.hook.remove()
+        if self.hoist is not None:
+            self.hoist.remove()
         delattr(self.transformer, _COMPONENT)
 
 
@@ -145,6 +153,8 @@ class Handle:
             for reason in sorted(set(component.left.values())):
                 names = [n for n, why in component.left.items() if why == reason]
                 lines.append(f"  left alone: {len(names)} x {reason} ({names[0]}, ...)")
+            if component.hoist is not None and component.hoist.reason:
+                lines.append(f"  order applied per call: {component.hoist.reason}")
             stats = component.engine.stats
             for reason, count in stats.dense.items():
                 lines.append(f"  dense: {count} calls, {reason}")

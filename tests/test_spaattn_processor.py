@@ -4,7 +4,7 @@ import torch
 from gen_accel import SpaAttnProcessor, SparseProcessor, TokenGrid, apply
 from gen_accel.engine import Engine
 from gen_accel.kernels.blocks import Blocks
-from gen_accel.layout import ForwardContext, TokenLayout
+from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.curve import CurveOrder
 from gen_accel.select.neighbours import block_neighbours
 from gen_accel.select.presets import SPAATTN
@@ -81,6 +81,24 @@ def test_the_one_line(build, tail):
     assert any(0 < s.mean_density < 1 for s in stats) and handle.plan is None
     handle.remove()
     assert torch.equal(tiny.run(pipe, **call), stock)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_wan, tiny.tiny_hunyuan, tiny.tiny_flux])
+def test_the_order_is_applied_once_per_forward(build, monkeypatch):
+    pipe, call = build()
+    with apply(pipe, spaattn(density=0.3)) as handle:
+        hoist = handle.components[0].hoist
+        once = tiny.run(pipe, **call)
+        assert hoist.reason == "" and "per call" not in handle.summary()
+    with apply(pipe, spaattn(density=0.3)) as handle:
+        monkeypatch.setattr(type(hoist), "_check", _refuse)
+        per_call = tiny.run(pipe, **call)
+        assert "order applied per call: a test" in handle.summary()
+    torch.testing.assert_close(once, per_call, rtol=0, atol=1e-4)
+
+
+def _refuse(self, args, kwargs):
+    raise Unsupported("a test")
 
 
 @layouts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from gen_accel.planner.base import Planned
 from gen_accel.select.neighbours import block_neighbours, frame_blocks
 from gen_accel.select.pooled import PooledSetting, choose_blocks
 
+if TYPE_CHECKING:
+    from gen_accel.hoist import Hoist
+
 
 class PooledPlanner:
     """Chooses blocks from pooled queries and keys, for one order that all heads share.
@@ -27,6 +30,9 @@ class PooledPlanner:
         order: Order of all heads.
         block: Tokens per block; None takes `default_block_size`.
         layers: Number of attention modules.
+
+    Attributes:
+        hoist: Applies the order once per forward, where that is possible; None never does.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class PooledPlanner:
         self.order = order
         self.block = block
         self.layers = layers
+        self.hoist: Hoist | None = None
         self._context = ForwardContext()
         self._kept: dict[Any, tuple[int, Blocks]] = {}
 
@@ -72,7 +79,8 @@ class PooledPlanner:
                 self._kept[key] = step, blocks
             return blocks, scores
 
-        return Planned(self.order, select, pooled)
+        order = self.order if self.hoist is None else self.hoist.remaining
+        return Planned(order, select, pooled)
 
     def _select(
         self, q: Tensor, k: Tensor, grid: TokenGrid, block: int, pooled: int
