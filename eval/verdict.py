@@ -89,15 +89,23 @@ class Limit:
         """Whether the dense clip's own value enters."""
         return self.kind != "value"
 
-    def margin(self, sparse: float, dense: float | None = None) -> float:
-        """How far a clip stays inside the limit, in the metric's unit; negative outside."""
+    def quantity(self, sparse: float, dense: float | None = None) -> float:
+        """What is limited, of one clip."""
         if self.kind == "value":
-            return sparse - self.bound if self.at_least else self.bound - sparse
+            return sparse
         assert dense is not None
         if self.kind == "drop":
-            higher = get(self.metric).better == "higher"
-            return self.bound - (dense - sparse if higher else sparse - dense)
-        return self.bound * self.amount(dense) - self.amount(sparse)
+            return dense - sparse if get(self.metric).better == "higher" else sparse - dense
+        missing = self.amount(dense)
+        return self.amount(sparse) / missing if missing else math.inf
+
+    def margin(self, sparse: float, dense: float | None = None) -> float:
+        """How far a clip stays inside the limit, in the metric's unit; negative outside."""
+        if self.kind == "ratio":
+            assert dense is not None
+            return self.bound * self.amount(dense) - self.amount(sparse)
+        inside = self.bound - self.quantity(sparse, dense)
+        return -inside if self.at_least else inside
 
     def amount(self, value: float) -> float:
         """What a ratio compares."""
@@ -135,10 +143,10 @@ class Finding:
 
 
 def judge(limit: Limit, sparse: Sequence[float], dense: Sequence[float] | None = None) -> Finding:
-    """Compare paired clips with a limit, by a t interval of the margins' mean.
+    """Compare paired clips with a limit, by the t interval of a mean or of a ratio of means.
 
-    Clips differ from each other far more than methods do, so the margin is taken clip by clip: what
-    a prompt does to both sides cancels.
+    Clips differ from each other far more than methods do, so drops and ratios are of the same clip:
+    what a prompt does to both sides cancels.
 
     Args:
         limit: The limit.
@@ -159,28 +167,26 @@ def judge(limit: Limit, sparse: Sequence[float], dense: Sequence[float] | None =
         nan = math.nan
         note = f"clip {broken[0]} has no finite value"
         return Finding(limit, "fail", nan, nan, nan, nan, broken[0], math.inf, n, note)
-    margins = [limit.margin(s, d) for s, d in zip(sparse, own)]
-    mean, half = interval(margins)
-    slack = 1e-12 * max(1.0, abs(limit.bound))  # of rounding
-    state = "pass" if mean - half >= -slack else "fail" if mean + half < 0 else "back off"
-    scale = 1.0
     if limit.kind == "ratio":
-        scale = statistics.fmean(map(limit.amount, own)) or math.nan
-    # From margins back to the quantity a reader knows.
-    sign = 1 if limit.kind == "value" and limit.at_least else -1
-    ends = sorted(limit.bound + sign * m / scale for m in (mean - half, mean + half))
-    worst = min(range(n), key=margins.__getitem__)
-    local = limit.amount(own[worst]) or math.nan if limit.kind == "ratio" else 1.0
-    size = abs(limit.bound) * scale or 1.0
+        mean, half = ratio_interval(*([limit.amount(x) for x in side] for side in (sparse, own)))
+    else:
+        mean, half = interval([limit.quantity(s, d) for s, d in zip(sparse, own)])
+    low, high = mean - half, mean + half
+    sign = -1.0 if limit.at_least else 1.0  # turns "at least" into "at most"
+    bad, good = sorted((sign * low, sign * high), reverse=True)
+    bound = sign * limit.bound
+    slack = 1e-12 * max(1.0, abs(bound))  # of rounding
+    state = "pass" if bad <= bound + slack else "fail" if good > bound else "back off"
+    worst = min(range(n), key=lambda i: limit.margin(sparse[i], own[i]))
     return Finding(
         limit,
         state,
-        limit.bound + sign * mean / scale,
-        ends[0],
-        ends[1],
-        limit.bound + sign * margins[worst] / local,
+        mean,
+        low,
+        high,
+        limit.quantity(sparse[worst], own[worst]),
         worst,
-        -mean / size,
+        (sign * mean - bound) / (abs(bound) or 1.0),
         n,
     )
 
@@ -196,6 +202,23 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"{n} clip(s): an interval needs at least 2; give more prompts")
     half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return statistics.fmean(values), half
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
+    """Ratio of two means of pairs, and half the width of its 95 % interval.
+
+    The ratio estimator of survey sampling (Cochran 1977, section 2.11): its error is that of the
+    residuals ``above - ratio * below``, so a ratio that is the same in every clip is known exactly.
+
+    Raises:
+        ValueError: Fewer than two pairs.
+    """
+    mean = statistics.fmean(below)
+    if mean <= 0:  # something is infinitely more than nothing, and nothing is as much
+        return (math.inf if any(above) else 1.0), 0.0
+    ratio = statistics.fmean(above) / mean
+    half = interval([a - ratio * b for a, b in zip(above, below)])[1]
+    return ratio, half / mean
 
 
 def overall(states: Iterable[str]) -> str:

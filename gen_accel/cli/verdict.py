@@ -340,8 +340,9 @@ def _rows(court: Court, args: argparse.Namespace) -> list[dict[str, Any]]:
         for f in trial.findings:
             if math.isfinite(f.mean):
                 judged = {**config, "limit": f.limit.text, "state": f.state, "worst": f.worst}
+                ends = (f.low, f.high) if math.isfinite(f.high) else None
                 row = result_row(
-                    "verdict", f.limit.metric, f.mean, "", n=f.n, spread=(f.low, f.high),
+                    "verdict", f.limit.metric, f.mean, "", n=f.n, spread=ends,
                     config=judged, model=args.model, seed=court.seed,
                 )  # fmt: skip
                 rows.append(row)

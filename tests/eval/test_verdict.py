@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gen_accel.eval.verdict import Limit, judge, overall, rank, sparsest, t_quantile
+from gen_accel.eval.verdict import Limit, judge, overall, rank, ratio_interval, sparsest, t_quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 30, 31, 200])
@@ -95,6 +95,27 @@ def test_a_ratio_is_that_of_the_means():
     assert found.worst == pytest.approx(0.050 / 0.04)
     # The interval and the verdict agree about where the limit is.
     assert (found.high <= 1.1) == (found.state == "pass")
+
+
+def test_the_interval_of_a_ratio():
+    above, below = [2.3, 5.0, 1.1, 3.3], [2.0, 4.0, 1.0, 3.0]
+    ratio, half = ratio_interval(above, below)
+    assert ratio == pytest.approx(1.17)
+    # Against the bootstrap's idea of its error, with t instead of the normal quantile.
+    rng = np.random.default_rng(0)
+    large, small = rng.normal(3, 0.5, 400), rng.normal(0, 0.2, 400)
+    pairs = large, 1.2 * large + small
+    resampled = [pairs[1][i].sum() / pairs[0][i].sum() for i in rng.integers(400, size=(2000, 400))]
+    found, half = ratio_interval(pairs[1], pairs[0])
+    assert half == pytest.approx(1.96 * np.std(resampled), rel=0.1) and abs(found - 1.2) < half
+    # What is twice as much in every clip is known exactly, however much clips differ.
+    assert ratio_interval([2.0, 8.0, 20.0], [1.0, 4.0, 10.0]) == pytest.approx((2, 0))
+    same = judge(Limit.parse("flicker<=1.1x"), [0.9, 0.5, 0.99], [0.9, 0.5, 0.99])
+    assert same.state == "pass" and same.high == pytest.approx(1)
+    still = judge(Limit.parse("flicker<=1.1x"), [1.0, 0.9, 1.0], [1.0, 1.0, 1.0])
+    assert still.state == "fail" and still.mean == math.inf
+    still = judge(Limit.parse("flicker<=1.1x"), [1.0, 1.0], [1.0, 1.0])
+    assert still.state == "pass" and still.mean == 1
 
 
 def test_nothing_finite_fails_and_one_clip_is_no_sample():
