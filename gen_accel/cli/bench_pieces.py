@@ -8,7 +8,6 @@ NaN.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import subprocess
 import time
 import warnings
@@ -31,7 +30,6 @@ _TAILS = (None, "rectified", "joint")
 _FEWEST = 5  # rounds, where 20 would not fit into a piece's time
 _FACTOR = 4  # times the error of dense SDPA is right
 _LOSSY = 0.1  # error allowed to a kernel that computes in 8 bits
-_AXES = tuple(itertools.permutations(range(3)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ class Piece:
         """The candidates of this part."""
         kind, _, density = self.part.partition(" ")
         if kind in ("dense", "around"):
-            return self._dense() if kind == "dense" else self._around()
+            from gen_accel.cli.bench_around import around
+
+            return self._dense() if kind == "dense" else around(self)
         lists = "realistic" if kind == "flex" else kind
         return self._sparse(lists, float(density), kind == "flex")
 
@@ -151,72 +151,6 @@ class Piece:
                     )
                 )
         return found
-
-    def _around(self) -> list[Candidate]:
-        """What surrounds the kernel in a call: plan, order, inverse."""
-        import torch
-
-        from gen_accel.kernels.pool import group_means
-        from gen_accel.kernels.prepare import AxisPlaces, Rope, prepare, restore
-        from gen_accel.kernels.route import _choose, route, to_lists
-
-        case, heads, device = self.case, self.sample.heads, self.suite.device
-        axes = [order for order, _ in zip(itertools.cycle(_AXES), range(case.heads))]
-        places = AxisPlaces.from_axes(axes, case.grid, 0, device)
-        some = AxisPlaces(places.strides[heads], case.grid)
-        angle = torch.rand(case.video, case.dim // 2, generator=self.generator, device=device)
-        rope = Rope(angle.cos(), angle.sin())
-        ordered = prepare(self.q, places)
-
-        def pool() -> Tensor:
-            q, k = (group_means(x, case.block).mean.transpose(1, 2) for x in (self.q, self.k))
-            return q @ k.transpose(2, 3)
-
-        scores = pool()
-        keep = max(1, scores.shape[-1] // 5)
-
-        def orders() -> list[Tensor]:
-            return [
-                prepare(x, places, turn)
-                for x, turn in ((self.q, rope), (self.k, rope), (self.v, None))
-            ]
-
-        def whole() -> Tensor:
-            route(pool(), keep=keep)
-            return restore(orders()[0], places)
-
-        # In fp64 these functions are their definitions.
-        def pool_error(found: Tensor) -> float:
-            q, k = (
-                group_means(x[:, :, heads].double(), case.block).mean.transpose(1, 2)
-                for x in (self.q, self.k)
-            )
-            return _relative(found[:, heads], q @ k.transpose(2, 3))
-
-        def route_error(found: tuple[Tensor, Tensor]) -> float:
-            right = to_lists(_choose(scores[:, heads], keep, None, None), keep)
-            return float(any(not torch.equal(a[:, heads], b) for a, b in zip(found, right)))
-
-        def order_error(found: list[Tensor]) -> float:
-            right = prepare(self.k[:, :, heads].double(), some, rope)
-            return _relative(found[1][:, heads], right)
-
-        def inverse_error(found: Tensor) -> float:
-            return _relative(found, self.q)
-
-        def whole_error(found: Tensor) -> float:
-            right = prepare(self.q[:, :, heads].double(), None, rope).transpose(1, 2)
-            return _relative(found[:, :, heads], right)
-
-        config = {"lists": "around", "density": 1.0}
-        found: list[tuple[str, Callable[[], Any], Callable[[Any], float], float]] = [
-            ("pooled scores of q and k", pool, pool_error, 1e-4),
-            ("block lists from scores", lambda: route(scores, keep=keep), route_error, 0.0),
-            ("RoPE and order of q, k and v", orders, order_error, 2**-8),
-            ("inverse order of the result", lambda: restore(ordered, places), inverse_error, 0.0),
-            ("plan, order and inverse", whole, whole_error, 2**-8),
-        ]
-        return [Candidate(name, fn, error, config, limit) for name, fn, error, limit in found]
 
     def _attend(self, impl: str, blocks: Blocks | None, tail: Tail | None) -> Tensor:
         from gen_accel.kernels.api import block_sparse_attention
@@ -316,7 +250,7 @@ class Piece:
         if out.shape[1] != len(tokens):
             out = out[:, tokens]
         right = self.sample.exact(self.q, self.k, self.v, blocks, tail, self.scale)
-        return _relative(out[:, :, self.sample.heads], right)
+        return relative(out[:, :, self.sample.heads], right)
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -408,7 +342,8 @@ class _Sample:
         return reference.attention(*tensors, some, scale, tail)[0]
 
 
-def _relative(found: Tensor, right: Tensor) -> float:
+def relative(found: Tensor, right: Tensor) -> float:
+    """L2 norm of the difference over that of what is right."""
     right = right.double()
     return float((found.double() - right).norm() / right.norm())
 

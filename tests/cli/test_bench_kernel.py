@@ -9,7 +9,7 @@ import torch
 
 from gen_accel.cli import bench_pieces, bench_tune
 from gen_accel.cli.bench_kernel import SUITES, Case, Suite
-from gen_accel.cli.bench_pieces import Piece, _poisoned, _relative
+from gen_accel.cli.bench_pieces import Piece, _poisoned, relative
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import append_rows, read_rows
 from gen_accel.kernels import gather
@@ -45,7 +45,7 @@ def test_rows_page_and_plot(tiny, tmp_path, capsys):
     assert bench(tmp_path, f"--table={page}", f"--plot={plot}") == 0
     assert "WRONG" not in capsys.readouterr().out
     rows = read_rows(tmp_path / "r.jsonl")
-    assert len(rows) == 3 + 5 + 2 * (3 + 1)
+    assert len(rows) == 3 + 6 + 2 * (3 + 1)
     assert all(row["n"] == 3 and row["value"] > 0 for row in rows)
     assert all(row["shape"] == [1, 107, 3, 16] for row in rows)
     parts = list(dict.fromkeys(row["config"]["part"] for row in rows))
@@ -166,7 +166,7 @@ def test_poison():
 
 
 def test_relative_error_of_nan_is_nan():
-    assert not _relative(torch.tensor([torch.nan]), torch.ones(1)) <= 1
+    assert not relative(torch.tensor([torch.nan]), torch.ones(1)) <= 1
 
 
 def test_smoke_runs_the_triton_kernel(tmp_path, capsys):
@@ -202,7 +202,7 @@ sys.exit(main(["bench", "kernel", "--suite=smoke", "--out=" + sys.argv[2]]))
     )
     assert run.returncode == 0, run.stderr
     assert "not measured" not in run.stdout, run.stdout
-    assert len(read_rows(tmp_path / "r.jsonl")) == 3 + 5 + 3 + 1
+    assert len(read_rows(tmp_path / "r.jsonl")) == 3 + 6 + 3 + 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
