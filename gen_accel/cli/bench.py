@@ -39,9 +39,20 @@ def add_parser(subparsers: Any) -> None:
         "what",
         nargs="?",
         default="attention",
-        choices=("attention", "gna", "kernel", "tune", "damage", "metrics"),
-        help="an attention call, GNA's windows, calls of real models on a GPU, tile sizes of the "
-        "Triton kernel, which metric sees which damage, their cost",
+        choices=(
+            "attention",
+            "gna",
+            "pooled",
+            "tails",
+            "mixtures",
+            "kernel",
+            "tune",
+            "damage",
+            "metrics",
+        ),
+        help="an attention call, GNA's windows, blocks chosen in the call, what tails mend, whole "
+        "clips by mixture, calls of real models on a GPU, tile sizes of the Triton kernel, which "
+        "metric sees which damage, their cost",
     )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
@@ -63,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", help="append the results to this JSON-lines file")
     group = parser.add_argument_group("kernel, tune", "Calls of real models on a GPU.")
     group.add_argument("--suite", default="hopper", help="hopper, or smoke: tiny, on the CPU")
-    group.add_argument("--limit", type=float, default=440, help="seconds for all pieces")
+    group.add_argument("--limit", type=float, default=420, help="seconds for all pieces")
     group.add_argument("--piece-limit", type=float, default=40, help="seconds for one piece")
     group.add_argument("--again", action="store_true", help="also what the file already holds")
     group.add_argument("--table", help="write the results as this Markdown page")
@@ -73,6 +84,10 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--frames", type=_positive, default=17, help="of each")
     group.add_argument("--size", type=_positive, default=64, help="of a frame's side, in pixels")
     group.add_argument("--docs", help="put the table of damage between the marks in this page")
+    group = parser.add_argument_group("tails, mixtures", "Runs of a trained toy model.")
+    group.add_argument("--model", default="hunyuan-video", help="which toy")
+    group.add_argument("--folder", help="where it is, when not in models/")
+    group.add_argument("--prompts", type=_positive, default=4, help="captions on either side")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
 
     from gen_accel.cli import bench_damage
     from gen_accel.cli.bench_gna import GnaBench
+    from gen_accel.cli.bench_pooled import PooledBench
     from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows
 
-    kind = GnaBench if args.what == "gna" else _Bench
+    kind = {"gna": GnaBench, "pooled": PooledBench}.get(args.what, _Bench)
     if args.out:
         check_writable(Path(args.out).parent)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -97,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.what in ("damage", "metrics"):
             return getattr(bench_damage, args.what)(args)
+        if args.what in ("tails", "mixtures"):
+            return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
         good = True
         for dim in args.head_dims:
             for dtype in args.dtypes:
