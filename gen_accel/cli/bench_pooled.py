@@ -1,0 +1,89 @@
+"""``gen-accel bench pooled``: blocks chosen in the call, and what a tail adds to it."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from gen_accel.cli.bench import _DTYPES, _Bench, _Candidate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TAILS = ("drop", "rectified", "joint", "joint/16", "joint+variance")
+_RULES = {"block means": 1, "4x4 sub-blocks": 4}
+
+
+class PooledBench(_Bench):
+    """Whole calls: q, k and v onto the curve, scores, lists, the tail, the carrier, the way back.
+
+    Random queries and keys: what is chosen does not matter to the time, how much does.
+    """
+
+    kind = "pooled"
+
+    def __init__(self, args: argparse.Namespace, dim: int, dtype: str) -> None:
+        import torch
+
+        from gen_accel.cli.bench import _grid
+        from gen_accel.kernels.api import available
+        from gen_accel.layout import TokenLayout
+        from gen_accel.order.curve import CurveOrder
+
+        self.args, self.dim, self.dtype = args, dim, dtype
+        generator = torch.Generator().manual_seed(args.seed)
+        shape = (1, args.tokens, args.heads, dim)
+        self.q, self.k, self.v = (
+            torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
+            for _ in range(3)
+        )
+        self.layout, self.order = TokenLayout(_grid(args.tokens)), CurveOrder()
+        self.ordered = [self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)]
+        self.no_flex = available()["flex"]
+        self.wrong, self.timings = {}, {}
+        self.right: dict[str, Tensor] = {}
+        self.candidates = self._candidates()
+
+    def _candidates(self) -> list[_Candidate]:
+        from gen_accel.kernels.api import block_sparse_attention
+        from gen_accel.kernels.reference import attention
+        from gen_accel.planner.pooled import PooledPlanner
+        from gen_accel.select.pooled import PooledSetting
+        from gen_accel.tail import TailSetting
+
+        found = self._dense()
+        scale = self.dim**-0.5
+        for density in self.args.densities:
+            for rule, parts in _RULES.items():
+                setting = PooledSetting(density=density, parts=parts)
+                planner = PooledPlanner(setting, self.order, self.args.block)
+                planned: Any = planner.lookup(0, self.layout, 0, self.q.device, None)
+                blocks = planned.blocks(*self.ordered[:2])[0]
+                for tail in _TAILS if parts == 1 else ("drop",):
+                    mask, stands = f"{density:g}, {rule}, {tail}", TailSetting.parse(tail)
+
+                    def whole(planned: Any = planned, stands: TailSetting = stands) -> Tensor:
+                        q, k, v = (
+                            self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)
+                        )
+                        blocks, scores = planned.blocks(q, k)
+                        made = stands.make(q, k, v, blocks, pooled=planned.pooled, scores=scores)
+                        out = block_sparse_attention(q, k, v, blocks, tail=made)
+                        return self.order.restore(out, self.layout)
+
+                    made = stands.make(*self.ordered, blocks, pooled=planned.pooled)
+                    exact = attention(*(x.float() for x in self.ordered), blocks, scale, made)[0]
+                    self.right[mask] = self.order.restore(exact, self.layout)
+                    found.append(_Candidate("whole call", whole, mask, blocks))
+                    if tail == "drop":
+                        alone = partial(self._select, planned, mask)
+                        found.append(_Candidate("selection alone", alone, mask, blocks))
+        return found
+
+    def _select(self, planned: Any, mask: str) -> Tensor:
+        planned.blocks(*self.ordered[:2])
+        return self.right[mask]
+
+    def _right(self, candidate: _Candidate) -> Tensor:
+        return self.right[candidate.mask]
