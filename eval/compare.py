@@ -127,7 +127,7 @@ def pair_up(
     masks: Mapping[str, Path] | None = None,
     prompts: Sequence[str] = (),
 ) -> tuple[list[Pair], list[str]]:
-    """Match clips by name.
+    """Match clips by name; single files with one reference, or none, belong together anyway.
 
     Args:
         candidates: Candidate -> clips by name.
@@ -142,6 +142,9 @@ def pair_up(
         ValueError: The number of prompts fits neither.
     """
     pairs, errors = [], []
+    if all(len(clips) == 1 for clips in candidates.values()) and len(references or "r") == 1:
+        name = next(iter(references or next(iter(candidates.values()))))
+        candidates = {c: {name: next(iter(clips.values()))} for c, clips in candidates.items()}
     names = sorted({name for clips in candidates.values() for name in clips})
     if len(prompts) not in (0, 1, len(names)):
         raise ValueError(

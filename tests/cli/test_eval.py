@@ -96,6 +96,17 @@ def test_folders_are_paired_by_name_and_written_three_ways(capsys, sets):
     assert "structural similarity" in page and "mostly bias" in page  # definition; warning
 
 
+def test_files_are_compared_with_one_reference_side_by_side(capsys, sets):
+    files = [sets / name / "0.npy" for name in ("a", "b")]
+    renamed = [path.rename(sets / f"{path.parent.name}.npy") for path in files]
+    words = ("--reference", sets / "reference" / "0.npy", "--output", sets / "out")
+    code, text, _ = run(capsys, *renamed, *words, "--prompt=x")
+    report = json.loads((sets / "out" / "report.json").read_text())
+    assert code == 0 and re.search(r"psnr +higher +\d+\.\d+ +\d+\.\d+\n", text)
+    assert [m["caption"] for m in report["clips"]["0"]][:3] == ["reference", "a", "b"]
+    assert set(report["plots"]["0, frame by frame"][0]["series"]) == {"a", "b"}
+
+
 def test_the_page_needs_no_network(capsys, sets):
     words = (sets / "a" / "0.npy", "--reference", sets / "reference" / "0.npy")
     code, *_ = run(capsys, *words, "--metrics=all", "--output", sets / "out")
