@@ -86,7 +86,9 @@ class Comparison:
             if metric.network is not None:
                 arguments["network"] = self.networks[metric.network]
             try:
-                values = self._state(pair.candidate, metric).update(**arguments)
+                state = self._states.get((pair.candidate, name), metric.accumulator())
+                values = state.update(**arguments)
+                self._states[pair.candidate, name] = state
                 if not metric.axes:
                     scored.values[name] = float(values[0])
                 if frames and metric.per_frame is not None:
@@ -116,9 +118,6 @@ class Comparison:
     def errors(self) -> list[str]:
         """Everything that failed, in order."""
         return [error for scored in self.scored for error in scored.errors]
-
-    def _state(self, candidate: str, metric: Metric) -> Accumulator:
-        return self._states.setdefault((candidate, metric.name), metric.accumulator())
 
 
 def pair_up(
