@@ -262,7 +262,7 @@ class SpaAttnProcessor(Policy):
     """Rectified SpaAttn: blocks chosen per call from pooled means, the rest compensated.
 
     After arXiv 2511.19835; our reconstruction from the authors' public code, with its faults mended
-    (docs/methods.md lists them). Tokens stand on a space-filling curve. `preset` has the authors'
+    (docs/spaattn.md lists them). Tokens stand on a space-filling curve. `preset` has the authors'
     settings of each model.
 
     Args:

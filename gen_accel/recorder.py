@@ -18,7 +18,7 @@ from gen_accel.select.static import keep_blocks, paper_eps, score_by_mass, score
 
 CRITERIA = ("mass", "paper")
 ORDERS = ("axis", "raster", "curve")
-_ORDER_ROWS = 1024  # enough to tell orders apart: see docs/methods.md
+_ORDER_ROWS = 1024  # enough to tell orders apart: see docs/paro.md
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def test_cuda_only_options_on_a_cpu_are_refused(capsys, checkpoint, tmp_path):
         (("--num-inference-step=3",), "did you mean --num-inference-steps?"),
         (("processor.densty=0.2",), "did you mean density?"),
         (("processor.density=some",), "processor.density='some': expected a number"),
-        (("processor.reorder=2",), "expected true or false"),
+        (("--processor=spaattn", "processor.inside=2"), "expected true or false"),
         (("processor.block=17",), "block=17"),
         (("processor.impl=gathr",), "did you mean 'gather'?"),
         (("--processor=gna", "processor.criterion=mass"), "unknown setting of --processor gna"),

@@ -97,7 +97,7 @@ def test_the_papers_incoherence_finds_the_planted_order(planted):
 
 
 def test_the_papers_sparse_share_as_corrected_prefers_spread_out_mass(planted):
-    """Our finding (docs/methods.md): at most 1/18 of a map lies above eps = 18/N, so mass spread
+    """Our finding (docs/paro.md): at most 1/18 of a map lies above eps = 18/N, so mass spread
     thinly over all blocks leaves each of them 90 % empty, and every block counts as sparse.
     """
     assert score_by_paper(planted[2], alpha=1.0).argmax(-1).tolist() != list(range(6))
