@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     errors += comparison.errors
     for error in errors:
-        print(f"gen-accel eval: {error}")
+        print(f"gen-accel eval: {error}", file=sys.stderr)
     print(_table(comparison, list(candidates)))
     for line in _left_out(left):
         print(line)

@@ -195,7 +195,7 @@ def test_a_bad_clip_is_one_line_and_the_others_are_scored(capsys, sets, kind):
     BAD[kind](path)
     words = (sets / "a", "--reference", sets / "reference", "--metrics=psnr,fvd_toy")
     code, text, err = run(capsys, *words, "--output", sets / "out")
-    lines = [line for line in text.splitlines() if line.startswith("gen-accel eval: ")]
+    lines = [line for line in err.splitlines() if line.startswith("gen-accel eval: ")]
     assert code == 2 and len(lines) == 1 and "1.npy" in lines[0] and "Traceback" not in err
     assert "1 of 3 clips failed" in text
     assert {r["config"]["clip"] for r in rows(sets / "out") if r["kind"] == "eval clip"} == {
@@ -209,16 +209,16 @@ def test_another_frame_rate_is_refused(capsys, tmp_path):
         write_video(tmp_path / name / "0.mp4", video(), fps=fps)
         write_video(tmp_path / name / "1.mp4", video(1), fps=8)
     words = (tmp_path / "a", "--reference", tmp_path / "reference", "--output", tmp_path / "out")
-    code, text, _ = run(capsys, *words)
-    assert code == 2 and "16 frames per second" in text and "1 of 2 clips failed" in text
+    code, text, err = run(capsys, *words)
+    assert code == 2 and "16 frames per second" in err and "1 of 2 clips failed" in text
 
 
 def test_a_video_of_one_frame_fails_where_time_is_needed(capsys, tmp_path):
     write_video(tmp_path / "a.png", video(frames=1))
     write_video(tmp_path / "r.png", video(1, frames=1))
     words = (tmp_path / "a.png", "--reference", tmp_path / "r.png", "--output", tmp_path / "out")
-    code, text, _ = run(capsys, *words, "--metrics=psnr,flicker")
-    assert code == 2 and "flicker" in text and "at least two" in text
+    code, _, err = run(capsys, *words, "--metrics=psnr,flicker")
+    assert code == 2 and "flicker" in err and "at least two" in err
     assert [r["name"] for r in rows(tmp_path / "out") if r["kind"] == "eval"] == ["psnr"]
     assert run(capsys, *words, "--metrics=psnr")[0] == 0
 
@@ -226,8 +226,8 @@ def test_a_video_of_one_frame_fails_where_time_is_needed(capsys, tmp_path):
 def test_clips_without_a_partner_are_counted(capsys, sets):
     (sets / "a" / "1.npy").rename(sets / "a" / "other.npy")
     words = (sets / "a", "--reference", sets / "reference", "--output", sets / "out")
-    code, text, _ = run(capsys, *words)
-    assert code == 2 and "other.npy: no reference" in text and "1.npy: a has no clip" in text
+    code, text, err = run(capsys, *words)
+    assert code == 2 and "other.npy: no reference" in err and "1.npy: a has no clip" in err
     assert "2 of 4 clips failed" in text
 
 
