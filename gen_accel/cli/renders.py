@@ -109,21 +109,30 @@ class Renders:
         load: Callable[[], Any],
     ) -> None:
         self.folder = folder
+        self.args = args
         self.call = dict(call)
+        self.device = device
         self.load = load
         self.made = 0
-        self._basis = {
-            "model": fingerprint(args.model),
-            "call": self.call,
-            "dtype": getattr(args, "dtype", None),
-            "device": device.partition(":")[0],
-            "versions": _versions(),
-        }
 
     @cached_property
     def pipe(self) -> Any:
         """The pipeline."""
         return self.load()
+
+    @cached_property
+    def _basis(self) -> dict[str, Any]:
+        """What all clips are made from."""
+        model = fingerprint(self.args.model)
+        if model is None:  # not downloaded yet; the next run must find the same
+            model = fingerprint(self.args.model) if self.pipe else None
+        return {
+            "model": model,
+            "call": self.call,
+            "dtype": getattr(self.args, "dtype", None),
+            "device": self.device.partition(":")[0],
+            "versions": _versions(),
+        }
 
     def get(self, prompt: str, seed: int, setting: Setting | None = None) -> Render:
         """The clip, from disk or made now.
@@ -205,14 +214,17 @@ class Renders:
         return Render(key, path, sheet["seconds"], sheet["run"], sheet["scores"])
 
 
-def fingerprint(model: str) -> str:
-    """What tells a checkpoint from another of the same name, without reading its weights."""
+def fingerprint(model: str) -> str | None:
+    """What tells a checkpoint from another of the same name, without reading its weights.
+
+    None for a Hub id that is not in the cache.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(model)
     if not folder.is_dir():
         found = try_to_load_from_cache(model, "model_index.json")
-        return f"{model} {found}"  # the path holds the commit
+        return f"{model} {found}" if isinstance(found, str) else None  # the path has the commit
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md")
     facts = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SECTIONS = ("processor", "pipeline", *PROCESSORS)
 LIMITS = "psnr>=25,flicker<=1.1x,defects<=0"
 LADDER = "0.1,0.15,0.2,0.25,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
-SHOWN = ("psnr", "ssim")  # beside whatever is limited
+SHOWN = ("psnr", "ssim")  # in the table of methods
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         setting.processor()  # what is wrong with it is told before the model is loaded
     device = shared.device_of(args)
     sources = networks.Networks(args, device)
-    names = ",".join(dict.fromkeys([*(limit.metric for limit in limits), *SHOWN]))
+    names = ",".join(dict.fromkeys([*(limit.metric for limit in limits), *SHOWN, "defects"]))
     metrics, _ = networks.choose(names, ("reference", "prompt"), sources, len(prompts), "--limits")
 
     call = {name: getattr(args, name) for name in options.CALL if hasattr(args, name)}
@@ -173,7 +173,7 @@ class Court:
             clips = self._clips(setting.label, setting)
             values = {n: self._values(m, clips, lenient=True) for n, m in self.metrics.items()}
             findings = [judge(li, values[li.metric], self.own.get(li.metric)) for li in self.limits]
-            broken = self._broken(setting.label, clips)
+            broken = self._broken(setting.label, clips, values["defects"])
             self.trials[setting.label] = Trial(setting, clips, values, findings, broken)
         return self.trials[setting.label]
 
@@ -229,12 +229,13 @@ class Court:
             self.renders.save(clip)
         return clip.scores[key]
 
-    def _broken(self, label: str, clips: Sequence[Render]) -> list[str]:
+    def _broken(self, label: str, clips: Sequence[Render], defects: Sequence[float]) -> list[str]:
         from gen_accel.eval.guard import check
 
         return [
             f"{label}, clip {i}: {finding}"
             for i, (clip, dense) in enumerate(zip(clips, self.dense))
+            if defects[i]
             for finding in check(clip.frames, dense.frames)
         ]
 

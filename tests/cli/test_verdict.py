@@ -247,3 +247,21 @@ def test_toys_bring_their_call():
     assert verdict._toy_call(str(MODELS / "toy-hunyuan-video")) == toy_call("hunyuan-video")
     for other in ("hunyuan-video", "/elsewhere/toy-hunyuan-video", "owner/toy-wan"):
         assert verdict._toy_call(other) == {}
+
+
+def test_a_hub_id_is_known_by_its_commit(monkeypatch, tmp_path):
+    """Before the download there is no commit; clips of that run must be found by the next."""
+    from argparse import Namespace
+
+    from gen_accel.cli import renders
+
+    commits = iter([None, "commit 1", "commit 1"])
+    monkeypatch.setattr(renders, "fingerprint", lambda model: next(commits))
+    loaded = []
+
+    def keys():
+        args = Namespace(model="owner/model")
+        load = lambda: loaded.append(1) or "pipe"  # noqa: E731
+        return renders.Renders(tmp_path, args, {}, "cpu", load)._basis
+
+    assert keys() == keys() and len(loaded) == 1
