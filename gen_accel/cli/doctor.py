@@ -21,10 +21,17 @@ def add_parser(subparsers: Any) -> None:
         "doctor", help="versions, devices, carriers", description=__doc__
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--kernels", action="store_true",
+        help="compile the Triton kernels for every GPU they are shipped for and print what became "
+        "of them; needs no GPU, but some minutes",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings."""
+    if args.kernels:
+        return _kernels(args.json)
     facts = examine()
     print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0
@@ -97,6 +104,25 @@ def _carriers() -> dict[str, str]:
     from gen_accel.kernels.api import available
 
     return {name: reason or "available" for name, reason in available().items()}
+
+
+def _kernels(as_json: bool) -> int:
+    """Print a row per kernel as it is compiled; 1 if one has a problem."""
+    from gen_accel.kernels.triton import aot
+
+    failed = 0
+    for number, kernel in enumerate(aot.shipped()):
+        compiled = aot.compile_kernel(kernel)
+        problem = aot.problem(kernel, compiled)
+        row = kernel.row() | compiled.row() | {"problem": problem or ""}
+        if as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            if number == 0:
+                print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+            print(f"| {' | '.join(row.values())} |", flush=True)
+        failed += problem is not None
+    return min(failed, 1)
 
 
 def _text(facts: dict[str, Any]) -> str:

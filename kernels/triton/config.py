@@ -44,7 +44,8 @@ class Key(NamedTuple):
         head_dim: Padded to a power of two, 16..256.
         dtype: ``"bf16"`` or ``"fp16"``.
         block: Queries and keys per mask block.
-        masked: Whether some blocks need an element rule.
+        masked: Whether some blocks need an element rule, or stand-ins carry variances: either takes
+            registers.
         tail: Whether stand-ins are scored.
     """
 
@@ -61,39 +62,73 @@ SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 1013
 DEVICES = (80, 89, 90, 100, 120)  # what configurations are shipped and compiled for
 
 
-def candidates(key: Key) -> list[Config]:
+class _Ladder(NamedTuple):
+    """Tiles that need ever fewer registers, and the first that compiles without spilling them.
+
+    ``first``: for lists alone, with an element rule, with stand-ins, with both.
+    """
+
+    tiles: tuple[tuple[int, int, int, int], ...]  # rows, keys, warps, stages
+    first: tuple[int, int, int, int]
+
+
+_WARPS_OF_64 = ((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2))
+_D64 = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2))
+_D128 = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2),
+         (64, 32, 8, 2))  # fmt: skip
+_D256 = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2))
+
+# (family, padded head_dim): tiles of 128 queries where they fit, and of 64 for rows that do not
+# merge. Families: mma of Ampere and Ada, mma with TMA (sm_120), wgmma (sm_90), tcgen05 (sm_100).
+_LADDERS = {
+    (80, 64): (_Ladder(_D64, (1, 1, 1, 3)), _Ladder(_WARPS_OF_64, (0, 0, 0, 1))),
+    (80, 128): (_Ladder(_D128, (1, 3, 1, 4)), _Ladder(_WARPS_OF_64, (2, 1, 2, 1))),
+    (80, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_D256[2:], (1, 1, 1, 1))),
+    (120, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
+    (120, 128): (_Ladder(_D128, (1, 3, 3, 3)), _Ladder(_WARPS_OF_64, (0, 0, 0, 1))),
+    (120, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_D256[2:], (1, 1, 1, 1))),
+    (90, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
+    (90, 128): (_Ladder(_D128, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
+    (90, 256): (_Ladder(_D256, (0, 1, 1, 3)), _Ladder(_D256[2:], (0, 0, 0, 1))),
+    (100, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 1, 0))),
+    (100, 128): (_Ladder(_D128, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 1, 1))),
+    (100, 256): (_Ladder(_D256, (0, 1, 1, 3)), _Ladder(_D256[2:], (0, 0, 0, 1))),
+}
+
+
+def candidates(key: Key, rows: int | None = None) -> list[Config]:
     """Configurations worth timing, the best guess first.
 
     All have tiles of keys that divide the mask block. Tiles higher than the mask block are merged
     from several mask rows; those of 64 queries serve what does not merge.
+
+    Args:
+        key: The call.
+        rows: Only tiles of this height.
     """
-    tma = key.capability >= 90
-    wide = key.head_dim > 128
-    roomy = key.capability in (80, 90, 100)
-    # Where scores are masked or stand-ins follow, 128 x 128 scores leave too few registers.
-    heavy = key.masked or key.tail or wide or not tma or not roomy
-    if wide and not roomy:
-        shapes = [(64, 32, 4), (64, 32, 8)]
-    elif wide:
-        shapes = [(128, 32 if key.capability == 80 else 64, 8), (64, 64, 4)]
-    elif heavy:
-        shapes = [(128, 64, 8), (128, 32, 8), (64, 64, 4)]
-    else:
-        shapes = [(128, 128, 8), (128, 64, 8), (64, 64, 4)]
-    stages = (2, 3) if wide or not roomy else (3, 2, 4)
-    found = [
-        Config(rows, min(keys, key.block[1]), warps, depth, tma)
-        for depth in stages
-        for rows, keys, warps in shapes
-    ]
-    limit = SHARED[max((c for c in SHARED if c <= key.capability), default=80)]
-    return list(dict.fromkeys(c for c in found if _shared(c, key) <= limit))
+    family = max((f for f in (80, 90, 100, 120) if f <= key.capability), default=80)
+    ladders = _LADDERS[family, max(64, key.head_dim)]
+    kind = key.masked + 2 * key.tail
+    found = []
+    for ladder in ladders if rows is None else ladders[::-1]:
+        for height, keys, warps, stages in ladder.tiles[ladder.first[kind] :]:
+            config = Config(height, min(keys, key.block[1]), warps, stages, family >= 90)
+            if rows in (None, height) and _shared(config, key) <= _shared_limit(key.capability):
+                found.append(config)
+    return list(dict.fromkeys(found))
 
 
 def _shared(config: Config, key: Key) -> int:
-    """Bytes of shared memory, an upper bound: queries, and a tile of K and of V per buffer."""
-    buffers = max(1, config.stages - 1) + key.masked
-    return 2 * key.head_dim * (config.rows + 2 * buffers * config.keys) + 1024
+    """Bytes of shared memory, roughly: queries, and tiles of keys and values per buffer."""
+    queries, tiles = (
+        (2, 3) if key.masked and key.tail else (1, 2)
+    )  # variances, and squares for them
+    buffers = max(1, config.stages - 1)
+    return 2 * key.head_dim * (queries * config.rows + tiles * buffers * config.keys)
+
+
+def _shared_limit(capability: int) -> int:
+    return SHARED[max((c for c in SHARED if c <= capability), default=80)]
 
 
 def choose(key: Key, rows: int | None = None, density: Callable[[], float] | None = None) -> Config:
@@ -101,21 +136,17 @@ def choose(key: Key, rows: int | None = None, density: Callable[[], float] | Non
 
     Args:
         key: The call.
-        rows: Only tiles of this height, for those that are not merged.
+        rows: Only tiles of this height, for mask rows that are not merged.
         density: Kept share of the call; asked only where the table has more than one band, because
             the answer may have to be waited for.
     """
-    fits = [c for c in candidates(key) if rows is None or c.rows == rows]
-    bands = tuned().get(key, {})
-    if rows is None and bands:
-        if len(bands) == 1 or density is None:
-            return bands[max(bands)]
-        kept = density()
-        return bands[min((b for b in bands if kept <= b), default=max(bands))]
-    if not fits:  # no guess has this height
-        best = candidates(key)[0]
-        return best._replace(rows=rows or best.rows, warps=4 if rows and rows <= 64 else best.warps)
-    return fits[0]
+    bands = tuned().get(key)
+    if rows is not None or not bands:
+        return candidates(key, rows)[0]
+    if len(bands) == 1 or density is None:
+        return bands[max(bands)]
+    kept = density()
+    return bands[min((b for b in bands if kept <= b), default=max(bands))]
 
 
 @functools.cache

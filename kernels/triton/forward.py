@@ -93,7 +93,7 @@ def attention_forward(
             acc, peak, norm = _accumulate(acc, peak, norm, scores, slope, values)
 
         if WINDOW or GROUP > 1 or RAGGED:
-            RULE_STAGES: tl.constexpr = STAGES if WINDOW or GROUP > 1 else 1
+            RULE_STAGES: tl.constexpr = STAGES if WINDOW or GROUP > 1 or not TMA else 1
             ruled = 0
             if WINDOW or GROUP > 1:
                 ruled = tl.load(rule_counts + list_row)

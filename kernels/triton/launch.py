@@ -20,7 +20,7 @@ from gen_accel.kernels.triton.forward import attention_forward
 from gen_accel.kernels.triton.tiles import Tiles, every_tile, listed_bits, make_tiles, pack
 
 _DENSE_BLOCK = 128
-_TAIL_KEYS = 64  # stand-ins per step
+TAIL_KEYS = 64  # stand-ins per step, at most
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -65,6 +65,7 @@ def attend(
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32) if return_lse else None
     block = (_DENSE_BLOCK, _DENSE_BLOCK)
     rule = None
+    varied = isinstance(tail, Pooled) and tail.variance is not None
     if blocks is not None:
         block = (blocks.block_q, blocks.block_kv)
         rule = None if blocks.kv_num_blocks is None else pack(blocks.mask_mod.intervals)
@@ -73,7 +74,7 @@ def attend(
         max(16, triton.next_power_of_2(dim)),
         _NAMES[q.dtype],
         block,
-        rule is not None or block[0] < 128,
+        rule is not None or block[0] < 128 or varied,
         isinstance(tail, Pooled),
     )
     density = None if blocks is None else blocks.density
@@ -87,7 +88,7 @@ def attend(
     for tiles in groups:
         chosen = config
         if tiles.rows != config.rows:
-            masked = rule is not None or tiles.group > 1
+            masked = rule is not None or tiles.group > 1 or varied
             chosen = configs.choose(key._replace(masked=masked), tiles.rows)
         arguments, constants = _arguments(q, k, v, out, lse, tiles, blocks, block, rule, scale)
         more, tail_constants = _tail_arguments(tail, q, blocks)
@@ -170,28 +171,26 @@ def _tail_arguments(
 
 
 def _launch(arguments: dict[str, Any], constants: dict[str, Any], config: Config) -> None:
-    keys = min(config.keys, constants["BLOCK_KV"])
-    tail_keys = min(_TAIL_KEYS, config.keys)
-    read = [name for name in ("k", "v") if arguments[name] is not None]
+    read = ["k", "v"]
     pools = [n for n in ("pool_key", "pool_value", "pool_variance") if arguments[n] is not None]
     tma = config.tma and all(_describable(arguments[name]) for name in (*read, *pools))
+    fixed = compiled_with(config, min(config.keys, constants["BLOCK_KV"]), tma)
     if tma:
-        for names, rows in ((read, keys), (pools, tail_keys)):
+        for names, rows in ((read, fixed["TILE_KV"]), (pools, fixed["TILE_TAIL"])):
             for name in names:
                 box = [1, rows, 1, constants["BLOCK_D"]]
                 arguments[name] = TensorDescriptor.from_tensor(arguments[name], box)
     attention_forward[(arguments["items"].numel(),)](
-        **arguments, **constants, **compiled_with(config, keys, tail_keys, tma),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        **arguments, **constants, **fixed, num_warps=config.warps, num_stages=config.stages
+    )
 
 
-def compiled_with(config: Config, keys: int, tail_keys: int, tma: bool) -> dict[str, Any]:
+def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
     """The constants of the kernel that follow from a configuration."""
     return {
         "TILE_Q": config.rows,
         "TILE_KV": keys,
-        "TILE_TAIL": tail_keys,
+        "TILE_TAIL": min(TAIL_KEYS, keys),
         "TMA": tma,
         "STAGES": config.stages,
         "TAIL_STAGES": 2,
@@ -215,7 +214,7 @@ def _list_strides(name: str, counts: Tensor) -> dict[str, int]:
 
 def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can address it."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     return aligned and x.data_ptr() % 16 == 0
 
 

@@ -204,6 +204,7 @@ TAILED = [
 
 def stand_ins(case, q, k, v, blocks):
     real = torch.rand(k.shape[1], generator=torch.Generator().manual_seed(0)) < 0.8
+    real = real.to(DEVICE)
     scores = block_scores(q, k, *case.block, pooled=k.shape[1], scale=case.scale)
     return {
         "rectified": rectify(v, blocks, scores, pooled=k.shape[1]),
@@ -220,33 +221,23 @@ NAMES = ("rectified", "joint", "joint, text apart", "joint, 4 a block, padding",
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", TAILED, ids=lambda c: c.name)
 def test_tails(case, name, poison):
-    q, k, v = case.tensors(torch.bfloat16)
-    blocks = case.blocks()
+    q, k, v = (x.to(DEVICE) for x in case.tensors(torch.bfloat16))
+    blocks = case.blocks().to(DEVICE)
     tail = stand_ins(case, q, k, v, blocks)[name]
     out, lse = block_sparse_attention(
         q, k, v, blocks, tail=tail, impl="triton", return_lse=True
-    ) if DEVICE == "cpu" else on_gpu(q, k, v, blocks, tail)  # fmt: skip
+    )  # fmt: skip
     exact, exact_lse = attention(q.double(), k.double(), v.double(), blocks, case.scale, tail)
     # Mean keys are rounded to the inputs' precision too.
-    assert error(out, exact) <= 2 * max(tolerance(case, torch.bfloat16), 2**-8)
-    torch.testing.assert_close(lse.cpu(), exact_lse, rtol=5e-3, atol=5e-3)
-
-
-def on_gpu(q, k, v, blocks, tail):
-    from gen_accel.kernels.tail import to_device
-
-    q, k, v = (x.to(DEVICE) for x in (q, k, v))
-    tail = to_device(tail, DEVICE)
-    return block_sparse_attention(
-        q, k, v, blocks.to(DEVICE), tail=tail, impl="triton", return_lse=True
-    )
+    assert error(out, exact.cpu()) <= 2 * max(tolerance(case, torch.bfloat16), 2**-8)
+    torch.testing.assert_close(lse, exact_lse, rtol=5e-3, atol=5e-3)
 
 
 def test_stand_ins_can_carry_the_maximum():
     # Everything is rescaled when a stand-in scores higher than all visible keys.
-    case = replace(TAILED[0], loud=4.0, heads=2)
-    q, k, v = case.tensors(torch.bfloat16)
-    blocks = case.blocks()
+    case = replace(TAILED[0], loud=4.0)
+    q, k, v = (x.to(DEVICE) for x in case.tensors(torch.bfloat16))
+    blocks = case.blocks().to(DEVICE)
     tail = pool_keys(k, v, 64)
     tail.key.copy_((20 * tail.key).bfloat16())  # exact in the kernel's precision
     out, lse = attend(q, k, v, blocks, case.scale, tail=tail, return_lse=True)
@@ -262,32 +253,32 @@ def test_stand_ins_can_carry_the_maximum():
 def test_axis_orders_on_the_store(poison):
     grid, before, after = (3, 5, 7), 9, 20
     axes = [(0, 1, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-    places = AxisPlaces.from_axes(axes, grid, before)
+    places = AxisPlaces.from_axes(axes, grid, before, DEVICE)
     check_store(places, math.prod(grid) + before + after, heads=4)
 
 
 def test_an_axis_of_one():
-    check_store(AxisPlaces.from_axes([(1, 0, 2), (2, 0, 1)], (1, 6, 8)), 48, heads=2)
+    check_store(AxisPlaces.from_axes([(1, 0, 2), (2, 0, 1)], (1, 6, 8), device=DEVICE), 48, heads=2)
 
 
 def test_tile_order_on_the_store(poison):
     grid = TokenGrid(3, 7, 9)
     order = TileOrder((1, 4, 8), block=64)
-    index, inverse = _indices(order, grid, 3, 10, torch.device("cpu"))
+    index, inverse = _indices(order, grid, 3, 10, torch.device(DEVICE))
     places = IndexPlaces(index, inverse)
     check_store(places, grid.numel + 13, heads=2)
     layout = TokenLayout(grid, 3, 10)
-    x = torch.randn(1, layout.tokens, 1, 4)
+    x = torch.randn(1, layout.tokens, 1, 4, device=DEVICE)
     torch.testing.assert_close(prepare(x, places), order.reorder(x, layout).transpose(1, 2))
 
 
 def check_store(places, tokens, heads):
     """Stored in order = stored as it stands, then restored."""
-    x = torch.randn(3, 1, tokens, heads, 32, dtype=torch.bfloat16)
+    x = torch.randn(3, 1, tokens, heads, 32, dtype=torch.bfloat16, device=DEVICE)
     q, k, v = (prepare(t, places).transpose(1, 2) for t in x)
     length = q.shape[1]
     full = random(1, heads, 0.6)(-(-length // 64), -(-length // 64))
-    blocks = Blocks.from_mask(full, q_len=length, kv_len=length, block_size=64)
+    blocks = Blocks.from_mask(full, q_len=length, kv_len=length, block_size=64).to(DEVICE)
     plain, plain_lse = attend(q, k, v, blocks, 0.2, return_lse=True)
     out, lse = attend(q, k, v, blocks, 0.2, return_lse=True, places=places)
     assert torch.equal(out, restore(plain.transpose(1, 2), places))

@@ -1,0 +1,93 @@
+"""The forward kernel, compiled ahead of time: facts about GPUs that are not here.
+
+In a process of its own, because the kernels of this one may belong to Triton's interpreter. What is
+compiled here is a choice; ``gen-accel doctor --kernels`` compiles all of it (docs/kernels.md).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from gen_accel.kernels.triton.config import (
+    DEVICES,
+    SHARED,
+    Config,
+    Key,
+    candidates,
+    choose,
+    dump,
+    entry,
+    tuned,
+)
+
+COMPILE = """
+import json, sys
+from gen_accel.kernels.triton import aot
+for kernel in aot.shipped([int(sys.argv[1])], [128], ["lists", "everything"]):
+    compiled = aot.compile_kernel(kernel)
+    found = kernel.row() | compiled._asdict() | {"problem": aot.problem(kernel, compiled)}
+    print(json.dumps(found))
+"""
+
+
+def python(code, *arguments, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_spills_and_fits(device):
+    done = python(COMPILE, str(device))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["rows merged"] for row in rows} == {"1", "2"}
+    for row in rows:
+        assert row["problem"] is None and row["spills"] == 0, row
+        assert 0 < row["shared"] <= SHARED[device] and row["registers"] <= 255
+        # Queries by keys and weights by values, in each of the loops.
+        assert row["products"] >= 4 and (row["feature"] == "lists" or row["products"] >= 7)
+        assert row["instruction"] == {90: "wgmma", 100: "tcgen05"}.get(device, "mma")
+        assert row["loads"] == ("TMA" if device >= 90 else "cp.async")
+
+
+def test_the_interpreter_compiles_nothing():
+    done = python(COMPILE, "90", TRITON_INTERPRET="1")
+    assert done.returncode and "TRITON_INTERPRET is set" in done.stderr
+
+
+# ---- configurations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [0, *DEVICES, 86, 103, 121])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_every_call_has_configurations(device, head_dim):
+    for block in ((16, 16), (64, 64), (128, 64), (64, 128), (128, 128), (512, 512)):
+        for masked in (False, True):
+            for tail in (False, True):
+                key = Key(device, head_dim, "bf16", block, masked, tail)
+                found = candidates(key)
+                assert found and len(found) == len(set(found)) and choose(key) == found[0]
+                for config in found:
+                    assert block[1] % config.keys == 0 and config.rows in (64, 128)
+                if block[0] <= 64:
+                    assert choose(key, 64).rows == 64
+
+
+def test_a_tuned_entry_is_preferred(tmp_path, monkeypatch):
+    key = Key(90, 128, "bf16", (128, 128))
+    bands = {0.15: Config(128, 64, 8, 4, True), 1.0: Config(128, 128, 8, 3, True)}
+    file = tmp_path / "tuned.json"
+    file.write_text(dump(entry(key, d, c, device="test") for d, c in bands.items()))
+    monkeypatch.setattr("gen_accel.kernels.triton.config.TUNED", file)
+    tuned.cache_clear()
+    try:
+        assert choose(key, density=lambda: 0.1) == bands[0.15]
+        assert choose(key, density=lambda: 0.5) == bands[1.0]
+    finally:
+        tuned.cache_clear()
