@@ -31,6 +31,7 @@ def block_mass(
     blocks: int,
     rows_per_block: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Share of the softmax mass that each block of queries puts on each block of keys.
 
@@ -42,6 +43,8 @@ def block_mass(
         blocks: Number of whole blocks to report.
         rows_per_block: Rows sampled from each query block; None takes all of them.
         scale: Softmax scale, default ``head_dim ** -0.5``.
+        lse: fp32 ``[batch, heads, queries]``, natural log-sum-exp of the scaled scores, where a
+            dense call has given it; None computes it, which costs as much again.
 
     Returns:
         fp32 ``[heads, blocks, blocks]``, mean over batch and rows. A row sums to 1 minus the mass
@@ -54,7 +57,7 @@ def block_mass(
 
         if kernel.takes(q, block):
             sampled = min(rows_per_block or block, block)
-            return kernel.block_mass(q, k, block, blocks, sampled, scale)
+            return kernel.block_mass(q, k, lse, block, blocks, sampled, scale)
     rows = sample_rows(blocks, block, rows_per_block, q.device)
     per_block = rows.numel() // max(blocks, 1)
     mass = torch.zeros(heads, blocks, blocks, device=q.device)
@@ -66,7 +69,11 @@ def block_mass(
             for start in range(0, rows.numel(), step):
                 chunk = rows[start : start + step]
                 logits = (q[sample, chunk, head].float() * scale) @ keys
-                p = logits.softmax(-1)[:, : blocks * block]
+                if lse is None:
+                    p = logits.softmax(-1)
+                else:
+                    p = torch.exp(logits - lse[sample, head, chunk, None])
+                p = p[:, : blocks * block]
                 tiles = p.view(-1, per_block, blocks, block).sum(-1).mean(1)
                 first = start // per_block
                 mass[head, first : first + tiles.shape[0]] += tiles

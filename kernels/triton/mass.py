@@ -16,12 +16,12 @@ _MAX_BYTES = 256  # of a head's row: two stages of keys then fit in the 99 KiB o
 
 @triton.jit
 def _mass_kernel(
-    Q, K, MASS, scale,
+    Q, K, LSE, MASS, scale,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    keys, blocks, heads,
+    queries, keys, blocks, heads,
     BLOCK: tl.constexpr, SAMPLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of TILE_Q / ROWS query blocks, heads, batch).
 
@@ -44,19 +44,23 @@ def _mass_kernel(
 
     k = K + sample.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
     k += channel[:, None]
-    top = tl.full([TILE_Q], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_Q], tl.float32)
-    for start in range(0, keys, TILE_K):
-        token = start + column
-        real_k = token < keys
-        at = k + token.to(tl.int64)[None, :] * stride_ks
-        key = tl.load(at, mask=real_k[None, :] & (channel < DIM)[:, None], other=0.0)
-        logit = tl.dot(q, key, input_precision=PRECISION) * scale
-        logit = tl.where(real_k[None, :], logit, -float("inf"))
-        higher = tl.maximum(top, tl.max(logit, 1))
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logit - higher[:, None]), 1)
-        top = higher
-    lse = top + tl.log2(total)
+    if HAS_LSE:
+        known = LSE + (sample.to(tl.int64) * heads + head) * queries + token_q
+        lse = tl.load(known, mask=real_q, other=0.0) * 1.4426950408889634
+    else:
+        top = tl.full([TILE_Q], -float("inf"), tl.float32)
+        total = tl.zeros([TILE_Q], tl.float32)
+        for start in range(0, keys, TILE_K):
+            token = start + column
+            real_k = token < keys
+            at = k + token.to(tl.int64)[None, :] * stride_ks
+            key = tl.load(at, mask=real_k[None, :] & (channel < DIM)[:, None], other=0.0)
+            logit = tl.dot(q, key, input_precision=PRECISION) * scale
+            logit = tl.where(real_k[None, :], logit, -float("inf"))
+            higher = tl.maximum(top, tl.max(logit, 1))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logit - higher[:, None]), 1)
+            top = higher
+        lse = top + tl.log2(total)
 
     out_q = tile * side_q + tl.arange(0, side_q)
     out = MASS + ((sample.to(tl.int64) * heads + head) * blocks + out_q)[:, None] * blocks
@@ -82,7 +86,9 @@ def takes(q: Tensor, block: int) -> bool:
 
 
 @torch.library.custom_op("gen_accel::block_mass", mutates_args=())
-def block_mass(q: Tensor, k: Tensor, block: int, blocks: int, sampled: int, scale: float) -> Tensor:
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor | None, block: int, blocks: int, sampled: int, scale: float
+) -> Tensor:
     """`gen_accel.kernels.mass.block_mass` with ``sampled`` rows of each query block."""
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     batch, _, heads, dim = q.shape
@@ -94,17 +100,17 @@ def block_mass(q: Tensor, k: Tensor, block: int, blocks: int, sampled: int, scal
     tile_q = max(64 if tile_k > 64 else 128, rows)
     with torch.cuda.device_of(q):
         _mass_kernel[(triton.cdiv(blocks * rows, tile_q), heads, batch)](
-            q, k, mass, scale * _LOG2_E,
+            q, k, mass if lse is None else lse.contiguous(), mass, scale * _LOG2_E,
             *q.stride()[:3], *k.stride()[:3],
-            k.shape[1], blocks, heads,
+            q.shape[1], k.shape[1], blocks, heads,
             BLOCK=block, SAMPLED=sampled, ROWS=rows, COLUMNS=columns, TILE_Q=tile_q, TILE_K=tile_k,
             DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            HAS_LSE=lse is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=16 if tile_q == tile_k == 128 else 8, num_stages=2,
         )  # fmt: skip
     return mass.mean(0)
 
 
 @block_mass.register_fake
-def _(q, k, block, blocks, sampled, scale):
+def _(q, k, lse, block, blocks, sampled, scale):
     return q.new_empty(q.shape[2], blocks, blocks, dtype=torch.float32)

@@ -43,14 +43,20 @@ KERNELS = {
     ),
     "mass, 8 rows": (
         _mass_kernel,
-        {"Q": BF16, "K": BF16, "MASS": FP32, "scale": "fp32"},
-        {**MASS, "SAMPLED": 8, "ROWS": 8, "TILE_Q": 64},
+        {"Q": BF16, "K": BF16, "LSE": FP32, "MASS": FP32, "scale": "fp32"},
+        {**MASS, "SAMPLED": 8, "ROWS": 8, "TILE_Q": 64, "HAS_LSE": False},
+        {"num_warps": 8, "num_stages": 2},
+    ),
+    "mass, 8 rows, lse known": (
+        _mass_kernel,
+        {"Q": BF16, "K": BF16, "LSE": FP32, "MASS": FP32, "scale": "fp32"},
+        {**MASS, "SAMPLED": 8, "ROWS": 8, "TILE_Q": 64, "HAS_LSE": True},
         {"num_warps": 8, "num_stages": 2},
     ),
     "mass, all rows": (
         _mass_kernel,
-        {"Q": BF16, "K": BF16, "MASS": FP32, "scale": "fp32"},
-        {**MASS, "SAMPLED": 128, "ROWS": 128, "TILE_Q": 128},
+        {"Q": BF16, "K": BF16, "LSE": FP32, "MASS": FP32, "scale": "fp32"},
+        {**MASS, "SAMPLED": 128, "ROWS": 128, "TILE_Q": 128, "HAS_LSE": False},
         {"num_warps": 16, "num_stages": 2},
     ),
     "route": (

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 
 @pytest.fixture
-def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN: whoever reads it is caught."""
-
-    def poisoned(make):
-        def empty(*args, **kwargs):
-            x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x
-
-        return empty
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def poison():
+    """Memory that nobody wrote holds NaN, or the largest integer: whoever reads it is caught."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that are not deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before)

@@ -73,6 +73,8 @@ def test_mass(both, rows, block):
     size = {"block": block, "blocks": 200 // block, "rows_per_block": rows}
     found, right = (mass.block_mass(*x, **size) for x in ((q, k), (exact(q), exact(k))))
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+    lse = torch.einsum("bnhd,bmhd->bhnm", q, k).mul(0.25).logsumexp(-1)
+    torch.testing.assert_close(mass.block_mass(q, k, lse=lse, **size), right, rtol=1e-5, atol=1e-6)
 
 
 def test_routing(both, monkeypatch):

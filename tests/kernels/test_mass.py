@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -27,6 +29,16 @@ def test_block_mass_is_the_mean_of_the_tiles(tokens, keys, block):
     p = full_map(q, k).mean(0)[:, : blocks * block, : blocks * block]
     tiles = p.view(3, blocks, block, blocks, block).sum(-1).mean(2)
     torch.testing.assert_close(mass.double(), tiles, atol=1e-6, rtol=1e-5)
+
+
+def test_a_log_sum_exp_that_is_known_is_used():
+    q, k = structured(96)
+    lse = torch.einsum("bnhd,bmhd->bhnm", q, k).mul(q.shape[-1] ** -0.5).logsumexp(-1)
+    right = block_mass(q, k, block=16, blocks=6, rows_per_block=4)
+    found = block_mass(q, k, block=16, blocks=6, rows_per_block=4, lse=lse)
+    torch.testing.assert_close(found, right)
+    twice = block_mass(q, k, block=16, blocks=6, rows_per_block=4, lse=lse - 1)
+    torch.testing.assert_close(twice, math.e * right)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
