@@ -96,6 +96,7 @@ def capture(
             engine.planner = watcher
             # Every step is dense by the schedule, which would be asked before the planner.
             generator = torch.Generator().manual_seed(seed + number)
-            pipe(prompt=prompt, generator=generator, output_type="latent", **call)
+            # Pixels are not looked at, so they are not decoded.
+            pipe(**{"output_type": "latent", **call, "prompt": prompt, "generator": generator})
             seen += watcher.seen
     return seen
