@@ -127,8 +127,9 @@ class Trial:
 
     @property
     def worst(self) -> int:
-        """Number of the clip that is worst for the tightest limit."""
-        return max(self.findings, key=lambda finding: finding.shortfall).worst_clip
+        """Number of the clip that is worst for the tightest limit that tells clips apart."""
+        telling = [finding for finding in self.findings if finding.low != finding.high]
+        return max(telling or self.findings, key=lambda finding: finding.shortfall).worst_clip
 
 
 class Court:
@@ -320,8 +321,8 @@ def _text(court: Court, ranked: Sequence[str]) -> str:
 
 def _search_line(method: str, label: str | None) -> str:
     if label is None:
-        return f"search: no density of {method} passes"
-    return f"search: the sparsest setting of {method} that passes is {label}"
+        return f"no density of {method} passes"
+    return f"the sparsest setting of {method} that passes is {label}"
 
 
 def _seconds(clips: Sequence[Render]) -> float:
@@ -376,16 +377,15 @@ def _write(folder: Path, args: argparse.Namespace, court: Court, ranked: Sequenc
             frames[label] = _frames(court, trial.clips[i], i)
             plots[title] = pages.curves(frames, court.metrics.values())
         pictures += pages.density_pictures(trial.clips[i].run, label)
-    summary = f"{len(court.prompts)} prompts; " + "; ".join(
-        f"{label}: {court.trials[label].state}" for label in ranked
-    )
+    said = [_search_line(method, label) for method, label in court.found.items()]
+    states = [f"{label}: {court.trials[label].state}" for label in ranked]
+    summary = f"{len(court.prompts)} prompts. " + "; ".join(said or states) + "."
     notes = [
         f"95 % t intervals over {len(court.prompts)} clips, paired: each sparse clip against the "
         "dense one of the same prompt and noise. A setting passes when the whole interval keeps "
         "the limit, fails when none of it does; otherwise back off, or render more prompts.",
         "Every clip was rendered with a processor of its own, calibration included. Times are "
         "medians of whole pipeline calls on this machine.",
-        *(_search_line(method, label) for method, label in court.found.items()),
         *(line for label in ranked for line in court.trials[label].broken),
     ]
     data = {
