@@ -129,3 +129,28 @@ def test_bad_input_is_refused(encoder, tmp_path, monkeypatch):
             ClipEncoder(model)
     with pytest.raises(ValueError, match="no such folder"):
         ClipEncoder("./nowhere")
+
+
+def test_clip_score_against_torchmetrics(encoder):
+    from torchmetrics.functional.multimodal import clip_score as oracle
+    from transformers import CLIPProcessor
+
+    model = encoder.model
+
+    class Features(torch.nn.Module):
+        """The interface of transformers 4, which torchmetrics expects."""
+
+        device, config = model.device, model.config
+
+        def get_image_features(self, pixels):
+            return model.get_image_features(pixel_values=pixels).pooler_output
+
+        def get_text_features(self, ids, mask):
+            return model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+    processor = CLIPProcessor(encoder.processor, encoder.tokenizer)
+    frames = video(4, (40, 48))
+    # Frame by frame: torchmetrics clamps the mean, we clamp each frame.
+    found = [oracle(f, PROMPT, lambda: (Features(), processor)).item() for f in frames]
+    ours = METRICS["clip_score"].per_frame(frames, PROMPT, encoder)
+    assert ours.tolist() == pytest.approx(found, rel=1e-4, abs=1e-4) and max(found) > 1
