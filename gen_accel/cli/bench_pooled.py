@@ -38,7 +38,8 @@ class PooledBench(_Bench):
             torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
             for _ in range(3)
         )
-        self.layout, self.order = TokenLayout(_grid(args.tokens)), CurveOrder()
+        self.layout = TokenLayout(_grid(args.tokens))
+        self.order: Any = CurveOrder()
         self.ordered = [self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)]
         self.no_flex = available()["flex"]
         self.wrong, self.timings = {}, {}
@@ -72,7 +73,8 @@ class PooledBench(_Bench):
                         out = block_sparse_attention(q, k, v, blocks, tail=made)
                         return self.order.restore(out, self.layout)
 
-                    made = stands.make(*self.ordered, blocks, pooled=planned.pooled)
+                    q, k, v = self.ordered
+                    made = stands.make(q, k, v, blocks, pooled=planned.pooled)
                     exact = attention(*(x.float() for x in self.ordered), blocks, scale, made)[0]
                     self.right[mask] = self.order.restore(exact, self.layout)
                     found.append(_Candidate("whole call", whole, mask, blocks))
