@@ -64,6 +64,11 @@ def to_lists(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
         mask: bool ``[..., rows, columns]``, at most ``width`` True per row.
         width: Length of the lists; what is left of it is zero.
     """
+    if fused(mask):
+        from gen_accel.kernels.triton import route as kernel
+
+        if mask.shape[-1] <= kernel.MAX_COLUMNS:
+            return kernel.to_lists(mask, width)
     place = mask.cumsum(-1, dtype=torch.int64)
     counts = place[..., -1].to(torch.int32)
     # What is not in the mask goes to an extra column that is cut off again.

@@ -28,11 +28,12 @@ def _route_kernel(
     row, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    at = SCORES + sample.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
-    at += row.to(tl.int64) * stride_sq + column * stride_sk
-    score = tl.load(at, mask=inside, other=-float("inf"))
-    real = score > -float("inf")  # False for NaN
     chosen = tl.zeros([COLUMNS], tl.int1)
+    if HAS_KEEP or HAS_BETA:
+        at = SCORES + sample.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        at += row.to(tl.int64) * stride_sq + column * stride_sk
+        score = tl.load(at, mask=inside, other=-float("inf"))
+        real = score > -float("inf")  # False for NaN
 
     if HAS_KEEP:
         # The largest threshold that ``keep`` keys reach, bit by bit: a radix select, not a sort.
@@ -60,6 +61,7 @@ def _route_kernel(
         chosen |= tl.load(at, mask=inside, other=0) != 0
 
     place = tl.cumsum(chosen.to(tl.int32), 0)
+    chosen &= place <= width  # a list that is too short may not spoil the next one
     count = tl.sum(chosen.to(tl.int32), 0)
     out = (sample.to(tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + row
     tl.store(COUNTS + out, count)
@@ -75,6 +77,20 @@ def route(
     scores: Tensor, keep: int, beta: float | None, forced: Tensor | None, width: int
 ) -> tuple[Tensor, Tensor]:
     """`gen_accel.kernels.route.route`; ``keep=0`` chooses none by rank."""
+    return _launch(scores, keep, beta, forced, width)
+
+
+@torch.library.custom_op("gen_accel::to_lists", mutates_args=())
+def to_lists(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`gen_accel.kernels.route.to_lists`."""
+    rows = mask.reshape(1, 1, -1, mask.shape[-1]).view(torch.uint8)
+    counts, lists = _launch(rows, 0, None, rows, width)
+    return counts.view(mask.shape[:-1]), lists.view(*mask.shape[:-1], width)
+
+
+def _launch(
+    scores: Tensor, keep: int, beta: float | None, forced: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
     columns = scores.shape[3]
     counts, lists = _outputs(scores, width)
     # A bool has no pointer type of its own in a kernel's signature; its bytes do.
@@ -95,6 +111,12 @@ def route(
 @route.register_fake
 def _(scores, keep, beta, forced, width):
     return _outputs(scores, width)
+
+
+@to_lists.register_fake
+def _(mask, width):
+    counts, lists = _outputs(mask.reshape(1, 1, -1, mask.shape[-1]), width)
+    return counts.view(mask.shape[:-1]), lists.view(*mask.shape[:-1], width)
 
 
 def _outputs(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,16 @@ def test_routing(both, monkeypatch):
     )
 
 
+def test_lists(both):
+    mask = (randn(2, 1, 5, 37) > 0.5).expand(2, 3, 5, 37)
+    counts, lists = route.to_lists(mask, 30)
+    assert counts.shape == (2, 3, 5) and lists.shape == (2, 3, 5, 30)
+    for row, number, found in zip(mask[1, 2], counts[1, 2], lists[1, 2]):
+        assert found[:number].tolist() == row.nonzero().flatten().tolist()
+        assert (found[number:] == 0).all()
+    assert route.to_lists(mask[0, 0], 37)[1].shape == (5, 37)
+
+
 def test_orders(both):
     x = randn(2, 26, 3, 8)
     places = prepare.AxisPlaces.from_axes([(0, 1, 2), (2, 0, 1), (1, 2, 0)], (2, 3, 4), 2, DEVICE)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from gen_accel.kernels.route import _choose, to_lists
-from gen_accel.kernels.triton.route import route
+from gen_accel.kernels import route as definition
+from gen_accel.kernels.triton.route import route, to_lists
 from helpers.kernels import DEVICE
 
 INF = float("inf")
@@ -32,7 +32,7 @@ def test_lists_are_those_of_the_definition(columns, keep, beta, forcing):
     forced = torch.rand(2, 1, 2, columns, generator=generator).to(DEVICE) < 0.2 if forcing else None
     width = keep if beta is None and not forcing else columns
     found = route(x, keep, beta, forced, width)
-    right = to_lists(_choose(x, keep, beta, forced), width)
+    right = definition.to_lists(definition._choose(x, keep, beta, forced), width)
     assert torch.equal(found[0], right[0])
     assert torch.equal(found[1], right[1])
 
@@ -42,10 +42,12 @@ def test_any_strides():
     wide = torch.zeros(37, 2, dtype=torch.bool, device=DEVICE)
     wide[::5] = True
     found = route(x, 4, None, wide.T, 37)
-    right = to_lists(_choose(x, 4, None, wide.T), 37)
+    right = definition.to_lists(definition._choose(x, 4, None, wide.T), 37)
     assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
 
 
 def test_the_operation_is_registered_well():
     args = (scores(5), 2, None, None, 2)
-    torch.library.opcheck(route, args, test_utils=("test_schema", "test_faketensor"))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(route, args, test_utils=tests)
+    torch.library.opcheck(to_lists, (scores(5) > 0, 5), test_utils=tests)
