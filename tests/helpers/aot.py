@@ -80,8 +80,27 @@ KERNELS = {
 }
 
 
+def _variant(name, **constants):
+    kernel, types, known, options = KERNELS[name]
+    return kernel, types, {**known, **constants}, options
+
+
+# What else the constants can ask for; that it compiles at all is enough to see on one device.
+VARIANTS = {
+    "pool, plain": _variant("pool", HAS_REAL=False, HAS_DEVIATION=False, HAS_VARIANCE=False),
+    "route, keep": _variant("route", HAS_BETA=False, HAS_FORCED=False),
+    "route, beta": _variant("route", HAS_KEEP=False, HAS_FORCED=False, COLUMNS=256),
+    "route, mask": _variant("route", HAS_KEEP=False, HAS_BETA=False, COLUMNS=8),
+    "prepare, plain": _variant("prepare, axes", HAS_STRIDES=False, HAS_ROPE=False),
+    "prepare, 96 channels": _variant("prepare, axes", DIM=96),
+    "restore, axes": _variant("prepare, axes", BACK=True, HAS_ROPE=False),
+    "restore, index": _variant("prepare, index, halves", BACK=True, HAS_ROPE=False),
+    "mass, odd sizes": _variant("mass, 8 rows", BLOCK=96, SAMPLED=5, DIM=96),
+}
+
+
 def report(name, capability):
-    kernel, types, constants, options = KERNELS[name]
+    kernel, types, constants, options = (KERNELS | VARIANTS)[name]
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         kind = "constexpr" if argument in constants else types.get(argument, "i32")
@@ -115,5 +134,5 @@ def report(name, capability):
 
 if __name__ == "__main__":
     for number in map(int, sys.argv[1:]):
-        for kernel in KERNELS:
+        for kernel in KERNELS | (VARIANTS if number == 90 else {}):
             print(json.dumps(report(kernel, number)), flush=True)
