@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gen_accel import SpaAttnProcessor, SparseProcessor, TokenGrid, apply
 from gen_accel.engine import Engine
@@ -312,3 +313,24 @@ def test_a_static_curve_plan_travels_through_its_file(tmp_path):
 def test_bad_mixtures(settings, message):
     with pytest.raises(ValueError, match=message):
         sparse(**settings)
+
+
+@pytest.mark.parametrize("tail", NAMES)
+@pytest.mark.parametrize("settings", [dict(), dict(parts=4, top_p=0.0, budget="layer")], ids=str)
+def test_nothing_asks_the_device(tail, settings, monkeypatch):
+    """Fake tensors have no values: whatever wanted one (and would wait for a GPU) raises."""
+    layout = LAYOUTS["text behind"]
+    policy = spaattn(density=0.3, tail=tail, **settings)
+    attend(policy, layout, *qkv(layout))  # what depends on the grid alone is cached
+    planned = policy.planner("", "", 1).lookup(0, layout, 11, torch.device("cpu"), None)
+    make = Blocks.from_mask
+    monkeypatch.setattr(
+        Blocks, "from_mask", lambda full, width, **sizes: make(full, width=full.shape[-1], **sizes)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(2, layout.tokens, 2, 8) for _ in range(3))
+        blocks, scores = planned.blocks(q, k)
+        made = policy.tail_setting().make(q, k, v, blocks, pooled=planned.pooled, scores=scores)
+        assert isinstance(blocks.kept(), torch.Tensor) and (made is None) == (tail == "drop")
+        with pytest.raises(DataDependentOutputException):
+            blocks.density()
