@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.fused import fused
+from gen_accel.kernels.route import to_lists
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # A compiled graph can carry numbers and tensors, not functions: it carries the rule's number. An
@@ -210,6 +213,8 @@ def _to_lists(mask: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     counts = mask.sum(-1, dtype=torch.int32)
     if width is None:
         width = max(1, int(counts.max())) if counts.numel() else 1
+    if fused(mask):
+        return to_lists(mask, width)
     # A stable descending sort of 0/1 puts the kept indices first, in ascending order.
     order = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True)
     return counts, order[..., :width].to(torch.int32).contiguous()

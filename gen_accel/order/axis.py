@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.fused import fused
+from gen_accel.kernels.prepare import AxisPlaces, prepare, restore
 from gen_accel.layout import TokenGrid, TokenLayout
 
 # Index -> axes from slowest to fastest. The numbering is that of the paper's authors; 2 and 5 undo
@@ -81,6 +83,8 @@ class AxisOrder:
             carriers read fastest.
         """
         self._check(x, layout)
+        if fused(x):
+            return prepare(x, _places(self.heads, layout, x.device)).transpose(1, 2)
         batch, tokens, heads, dim = x.shape
         before, video = layout.text_before, layout.grid.numel
         out = x.new_empty(batch, heads, tokens, dim)
@@ -93,6 +97,8 @@ class AxisOrder:
     def restore(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """Undo `reorder`: back to the model's order, contiguous ``[batch, tokens, heads, dim]``."""
         self._check(x, layout)
+        if fused(x):
+            return restore(x.transpose(1, 2), _places(self.heads, layout, x.device))
         before, video = layout.text_before, layout.grid.numel
         out = x.new_empty(x.shape)
         ordered = x.transpose(1, 2)
@@ -127,6 +133,13 @@ class AxisOrder:
                 f"{len(self.heads)} head orders needs [batch, {layout.tokens}, {len(self.heads)}, "
                 "head_dim]"
             )
+
+
+@lru_cache(maxsize=256)
+def _places(heads: tuple[int, ...], layout: TokenLayout, device: torch.device) -> AxisPlaces:
+    axes = [_AXES[order] for order in heads]
+    with torch.inference_mode(False):  # cached, and for calls of any mode
+        return AxisPlaces.from_axes(axes, tuple(layout.grid), layout.text_before, device)
 
 
 def axis_order(heads: Sequence[int] | Tensor) -> AxisOrder:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gen_accel.layout import TokenGrid, TokenLayout
+from gen_accel.order import axis
 from gen_accel.order.axis import (
     AXIS_ORDERS,
     AxisOrder,
@@ -96,3 +97,14 @@ def test_bad_input():
         AxisOrder((0, 6))
     with pytest.raises(ValueError, match=r"needs \[batch, 105, 2, head_dim\]"):
         AxisOrder((0, 1)).reorder(torch.zeros(1, 104, 2, 4), TokenLayout(GRID))
+
+
+@pytest.mark.parametrize("before, after", [(0, 0), (3, 0), (0, 4), (3, 5)])
+def test_the_fused_form_moves_the_same_tokens(before, after, monkeypatch):
+    layout = TokenLayout(GRID, before, after)
+    order = axis_order(range(6))
+    x = torch.randn(2, layout.tokens, 6, 4)
+    ordered, back = order.reorder(x, layout), order.restore(x, layout)
+    monkeypatch.setattr(axis, "fused", lambda x: True)  # what a GPU takes; here in torch operations
+    assert torch.equal(order.reorder(x, layout), ordered)
+    assert torch.equal(order.restore(x, layout), back)
