@@ -8,7 +8,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,11 +106,9 @@ class FeatureNetwork:
                 "clips or another network"
             )
         identity = f"{self.name} {self.sha256} {self.preprocessing}"
+        keys = [content_key(identity, clip) for clip in clips]
         found = torch.stack(
-            [
-                self.cache.get(content_key(identity, clip), lambda clip=clip: self._run(clip))
-                for clip in clips
-            ]
+            [self.cache.get(key, partial(self._run, clip)) for key, clip in zip(keys, clips)]
         )
         return found if video.ndim == 5 else found[0]
 
@@ -183,7 +183,8 @@ def videomae(
     from transformers import VideoMAEModel
 
     folder = model_folder(path or VIDEOMAE, "VideoMAE")
-    model = VideoMAEModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    loaded: Any = VideoMAEModel.from_pretrained(folder, local_files_only=True)
+    model = loaded.to(device).eval()
     frames, side = model.config.num_frames, model.config.image_size
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)

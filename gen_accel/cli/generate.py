@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     options.add(parser, *options.OPTIONS)
     more = {"default": argparse.SUPPRESS}
     parser.add_argument("--output", metavar="DIR", help="folder (outputs/generate)", **more)
-    parser.add_argument("--processor", metavar="NAME", help="paro (default), spaattn, gna, sparse or none", **more)
+    parser.add_argument(
+        "--processor", metavar="NAME", help="paro (default), spaattn, gna, sparse or none", **more
+    )
     parser.add_argument("--plan", metavar="FILE", help="plan written by calibrate", **more)
     parser.add_argument("--save-plan", metavar="FILE", help="keep the plan the run made", **more)
     parser.add_argument("--fps", type=float, help="frames per second of the files (16)", **more)
