@@ -125,10 +125,10 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     """Compile for the kernel's device.
 
     Raises:
-        RuntimeError: Triton interprets kernels in this process.
+        ValueError: Triton interprets kernels in this process.
     """
     if interpreter.active():
-        raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled; unset it")
+        raise ValueError("TRITON_INTERPRET is set, so nothing is compiled: unset it")
     key, config = kernel.key, kernel.config
     keys = min(config.keys, key.block[1])
     constants = {

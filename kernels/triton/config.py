@@ -24,8 +24,7 @@ class Config(NamedTuple):
         rows: Queries per tile.
         keys: Keys per tile.
         warps: Warps per program.
-        stages: Software pipeline of the loops over listed blocks. Where the compiler prefetches the
-            index list too, it keeps one tile of keys and values fewer than this.
+        stages: Tiles of keys and values in flight.
         tma: Read keys and values through tensor descriptors.
     """
 
@@ -72,27 +71,28 @@ class _Ladder(NamedTuple):
     first: tuple[int, int, int, int]
 
 
-_WARPS_OF_64 = ((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2))
-_D64 = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2))
-_D128 = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2),
-         (64, 32, 8, 2))  # fmt: skip
+_D64 = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))
+_D128 = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2),
+         (64, 64, 8, 2), (64, 32, 8, 2))  # fmt: skip
 _D256 = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2))
+_LOW = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2))
+_LOW256 = _D256[2:]
 
 # (family, padded head_dim): tiles of 128 queries where they fit, and of 64 for rows that do not
-# merge. Families: mma of Ampere and Ada, mma with TMA (sm_120), wgmma (sm_90), tcgen05 (sm_100).
+# merge. Families: mma (Ampere, Ada), wgmma (Hopper), tcgen05 (sm_100), mma with TMA (sm_120).
 _LADDERS = {
-    (80, 64): (_Ladder(_D64, (1, 1, 1, 3)), _Ladder(_WARPS_OF_64, (0, 0, 0, 1))),
-    (80, 128): (_Ladder(_D128, (1, 3, 1, 4)), _Ladder(_WARPS_OF_64, (2, 1, 2, 1))),
-    (80, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_D256[2:], (1, 1, 1, 1))),
-    (120, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
-    (120, 128): (_Ladder(_D128, (1, 3, 3, 3)), _Ladder(_WARPS_OF_64, (0, 0, 0, 1))),
-    (120, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_D256[2:], (1, 1, 1, 1))),
-    (90, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
-    (90, 128): (_Ladder(_D128, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 0, 0))),
-    (90, 256): (_Ladder(_D256, (0, 1, 1, 3)), _Ladder(_D256[2:], (0, 0, 0, 1))),
-    (100, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 1, 0))),
-    (100, 128): (_Ladder(_D128, (0, 1, 0, 1)), _Ladder(_WARPS_OF_64, (0, 0, 1, 1))),
-    (100, 256): (_Ladder(_D256, (0, 1, 1, 3)), _Ladder(_D256[2:], (0, 0, 0, 1))),
+    (80, 64): (_Ladder(_D64, (1, 1, 1, 3)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (80, 128): (_Ladder(_D128, (1, 2, 1, 5)), _Ladder(_LOW, (3, 2, 3, 2))),
+    (80, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_LOW256, (1, 1, 1, 1))),
+    (90, 64): (_Ladder(_D64, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (90, 128): (_Ladder(_D128, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (90, 256): (_Ladder(_D256, (0, 2, 1, 3)), _Ladder(_LOW256, (0, 0, 0, 1))),
+    (100, 64): (_Ladder(_D64, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (100, 128): (_Ladder(_D128, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (100, 256): (_Ladder(_D256, (0, 2, 1, 3)), _Ladder(_LOW256, (0, 0, 0, 1))),
+    (120, 64): (_Ladder(_D64, (0, 1, 0, 1)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (120, 128): (_Ladder(_D128, (1, 3, 3, 3)), _Ladder(_LOW, (0, 0, 0, 2))),
+    (120, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_LOW256, (1, 1, 1, 1))),
 }
 
 
@@ -119,12 +119,14 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
 
 
 def _shared(config: Config, key: Key) -> int:
-    """Bytes of shared memory, roughly: queries, and tiles of keys and values per buffer."""
-    queries, tiles = (
-        (2, 3) if key.masked and key.tail else (1, 2)
-    )  # variances, and squares for them
-    buffers = max(1, config.stages - 1)
-    return 2 * key.head_dim * (queries * config.rows + tiles * buffers * config.keys)
+    """Bytes of shared memory, roughly: tiles of keys and values, and what wgmma reads beside."""
+    heavy = (
+        key.masked and key.tail
+    )  # stand-ins may carry variances, which need the queries' squares
+    loops = 2 * config.stages * config.keys
+    tail = (3 if heavy else 2) * (2 if config.tma else 1) * min(64, config.keys)
+    queries = (2 if heavy else 1) * config.rows if key.capability in (90, 100) else 0
+    return 2 * key.head_dim * (queries + max(loops, tail if key.tail else 0))
 
 
 def _shared_limit(capability: int) -> int:

@@ -83,8 +83,13 @@ def attention_forward(
             # Lists ascend: only the last entry can be the block in which the keys end.
             last = tl.load(entries + count - 1, mask=count > 0, other=-1)
             cut = (last == key_blocks - 1).to(tl.int32)
-        for i in tl.range(0, (count - cut) * SPLIT, num_stages=STAGES):
-            start = tl.load(entries + i // SPLIT) * BLOCK_KV + i % SPLIT * TILE_KV
+        steps = (count - cut) * SPLIT
+        block = tl.load(entries)
+        for i in tl.range(0, steps, num_stages=STAGES):
+            start = block * BLOCK_KV + i % SPLIT * TILE_KV
+            # One step ahead, in a register: left to itself the compiler prefetches it through
+            # shared memory, for two more barriers a step.
+            block = tl.load(entries + tl.minimum(i + 1, steps - 1) // SPLIT)
             keys = _tile(keys_of, k_token, batch, head, start, kv_len,
                          HEAD_DIM, BLOCK_D, TILE_KV, TMA, False)  # fmt: skip
             scores = tl.dot(queries, keys.T)
@@ -104,15 +109,24 @@ def attention_forward(
                 at = head * rule_head + tl.minimum(rows, q_len - 1)
                 low = tl.load(rule_low + at)
                 high = tl.load(rule_high + at)
+            final = key_blocks - 1
+            listed_block = final
+            listed_rows = 0
+            if WINDOW or GROUP > 1:
+                listed_block = tl.load(rule_entries)
+            if GROUP > 1:
+                listed_rows = tl.load(rule_bits)
             for i in tl.range(0, (ruled + cut) * SPLIT, num_stages=RULE_STAGES):
                 entry = i // SPLIT
-                is_ruled = entry < ruled
-                block = key_blocks - 1
-                if WINDOW or GROUP > 1:
-                    # Unmasked, so that the compiler loads it ahead.
-                    listed_at = tl.minimum(entry, rule_width - 1)
-                    block = tl.where(is_ruled, tl.load(rule_entries + listed_at), block)
+                block = tl.where(entry < ruled, listed_block, final)
                 start = block * BLOCK_KV + i % SPLIT * TILE_KV
+                # Bit r: the tile's mask row r lists the block as full; bit GROUP + r: as partial.
+                bits = tl.where(entry < ruled, listed_rows, (1 << GROUP) - 1)
+                ahead = tl.minimum((i + 1) // SPLIT, rule_width - 1)
+                if WINDOW or GROUP > 1:
+                    listed_block = tl.load(rule_entries + ahead)
+                if GROUP > 1:
+                    listed_rows = tl.load(rule_bits + ahead)
                 keys = _tile(keys_of, k_token, batch, head, start, kv_len,
                              HEAD_DIM, BLOCK_D, TILE_KV, TMA, True)  # fmt: skip
                 scores = tl.dot(queries, keys.T)
@@ -121,8 +135,6 @@ def attention_forward(
                 columns = start + tl.arange(0, TILE_KV)
                 visible = (columns < kv_len)[None, :]
                 if GROUP > 1:
-                    # Bit r: the tile's mask row r lists the block as full; bit GROUP + r: partial.
-                    bits = tl.where(is_ruled, tl.load(rule_bits + listed_at), (1 << GROUP) - 1)
                     row_bits = bits >> (tl.arange(0, TILE_Q) // BLOCK_Q)
                     whole = (row_bits & 1) != 0
                 if WINDOW:
@@ -151,7 +163,7 @@ def attention_forward(
             if VARIANCE:
                 spreads = pool_variance if TMA else pool_variance + pool
                 squares = (queries.to(tl.float32) * queries.to(tl.float32)).to(tl.bfloat16)
-            bits = listed + (batch * listed_batch + head * listed_head).to(tl.int64) * listed_width
+            flags = listed + (batch * listed_batch + head * listed_head).to(tl.int64) * listed_width
             for start in tl.range(0, num_pooled, TILE_TAIL, num_stages=TAIL_STAGES):
                 keys = _tile(means, pool_token, batch, head, start, num_pooled,
                              HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
@@ -166,15 +178,15 @@ def attention_forward(
                 real = columns < num_pooled
                 bias = tl.load(pool_bias + columns, mask=real, other=-float("inf")) * _LOG2_E
                 scores += bias[None, :]
-                block = columns >> pool_shift
+                stands_for = columns >> pool_shift
                 if GROUP > 1:
                     for r in tl.static_range(GROUP):
                         row = tl.minimum(first + r, mask_rows - 1)
-                        hidden = _is_listed(bits, row, block, listed_width, real)
+                        hidden = _is_listed(flags, row, stands_for, listed_width, real)
                         own = tl.arange(0, TILE_Q) // BLOCK_Q == r
                         scores = tl.where(own[:, None] & hidden[None, :], -float("inf"), scores)
                 else:
-                    hidden = _is_listed(bits, first, block, listed_width, real)
+                    hidden = _is_listed(flags, first, stands_for, listed_width, real)
                     scores = tl.where(hidden[None, :], -float("inf"), scores)
                 acc, peak, norm = _accumulate(acc, peak, norm, scores, 1.0, values)
 

@@ -193,7 +193,7 @@ def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
         "TILE_TAIL": min(TAIL_KEYS, keys),
         "TMA": tma,
         "STAGES": config.stages,
-        "TAIL_STAGES": 2,
+        "TAIL_STAGES": 2 if tma else 1,  # prefetching through pointers spills registers
     }
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.blocks import Blocks, Intervals
 from helpers.attention_cases import CASES, causal, every, random
 
 
@@ -47,3 +47,21 @@ def test_bad_input():
                kv_num_blocks=good.full_kv_num_blocks)  # fmt: skip
     with pytest.raises(ValueError, match=r"expected \[B\|1, H\|1, nQ\]"):
         Blocks(good.full_kv_num_blocks[0], good.full_kv_indices, 512, 512, 64, 64)
+
+
+def test_intervals_are_a_rule_as_data():
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randint(6, (2, 9), generator=generator).int()
+    low, high = torch.randint(7, (2, 2, 3, 5), generator=generator).int().sort(0)[0]
+    intervals = Intervals(key, low, high, free=7)
+    rule = intervals.rule()
+    assert rule.intervals is intervals
+    heads, queries, keys = torch.arange(3), torch.arange(5), torch.arange(9)
+    seen = rule(torch.tensor(0), heads[:, None, None], queries[:, None], keys)
+    for h in range(3):
+        for q in range(5):
+            for k in range(9):
+                inside = all(low[a, h, q] <= key[a, k] < high[a, h, q] for a in range(2))
+                assert seen[h, q, k] == (inside or k >= 7)
+    shared = Intervals(key, low[:, :1], high[:, :1], free=7).rule()
+    assert torch.equal(shared(None, heads[0], queries[:, None], keys), seen[0])

@@ -61,6 +61,28 @@ def test_the_interpreter_compiles_nothing():
     assert done.returncode and "TRITON_INTERPRET is set" in done.stderr
 
 
+DOCTOR = """
+from gen_accel.kernels.triton import aot
+from gen_accel.cli.main import main
+kernels = list(aot.shipped([90], [64], ["lists"]))[:1]
+aot.shipped = lambda: kernels
+raise SystemExit(main(["doctor", "--kernels"]))
+"""
+
+
+def test_doctor_prints_a_row_per_kernel():
+    done = python(DOCTOR)
+    assert done.returncode == 0, done.stderr
+    title, line, row = done.stdout.splitlines()
+    assert title.count("|") == row.count("|") and "registers" in title and "| sm_90 | 64 |" in row
+    assert "2 wgmma" not in row and "4 wgmma" in row
+
+
+def test_doctor_needs_a_compiler():
+    done = python(DOCTOR, TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "unset it" in done.stderr
+
+
 # ---- configurations ------------------------------------------------------------------------------
 
 
