@@ -197,6 +197,17 @@ class Blocks:
         """Kept share of all (query block, key block) pairs, partial blocks counted whole."""
         return float(self.kept())
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the lists, in bytes."""
+        lists = (
+            self.full_kv_num_blocks,
+            self.full_kv_indices,
+            self.kv_num_blocks,
+            self.kv_indices,
+        )
+        return sum(t.numel() * t.element_size() for t in lists if t is not None)
+
     def to(self, device: torch.device | str) -> Blocks:
         """The same lists on another device."""
         move = lambda t: None if t is None else t.to(device)  # noqa: E731

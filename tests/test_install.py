@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from gen_accel import AttentionPlan, ParoProcessor, apply, calibrate
 from gen_accel.plan import PlanError
+from gen_accel.planner import calibrated
 from helpers import tiny
 
 PIPES = [
@@ -283,3 +284,19 @@ def test_a_pipeline_with_processors_can_be_collected():
     del pipe, handle
     gc.collect()
     assert transformer() is None
+
+
+def test_lists_beyond_the_budget_are_made_anew(monkeypatch):
+    pipe, call = setup(tiny.tiny_wan)
+    with apply(pipe, paro()) as handle:
+        expected = tiny.run(pipe, **call)
+        kept = handle.components[0].planner._lists
+        one = next(iter(kept.values())).nbytes
+        assert len(kept) == 2
+        monkeypatch.setattr(calibrated, "_LIST_BYTES", one)
+        kept.clear()
+        tiny.run(pipe, **call)
+        assert len(kept) == 1
+    with apply(pipe, paro()) as handle:
+        assert torch.equal(tiny.run(pipe, **call), expected)
+        assert len(handle.components[0].planner._lists) == 1

@@ -17,6 +17,10 @@ from gen_accel.schedule import Schedule
 
 log = logging.getLogger("gen_accel")
 
+# Lists of 75,000 tokens take about 33 MB a layer. Those beyond this are made anew in every call;
+# throwing old ones out instead would, with layers called in turn, find none of them again.
+_LIST_BYTES = 1 << 30
+
 
 class CalibratedPlanner:
     """Static masks: from a given plan, or from what the dense first steps of the run show.
@@ -102,10 +106,12 @@ class CalibratedPlanner:
             plan = plan.heads(heads)
         group = self.component.group(self._sigma)
         key = layer, group, layout.text, text, device, heads and (heads.start, heads.stop)
-        if key not in self._lists:
-            self._lists[key] = plan.blocks(group, layout, self.block, device, text)
-        video = layout.grid.numel // self.block * self.block
-        return Planned(plan.orders, self._lists[key], video)
+        blocks = self._lists.get(key)
+        if blocks is None:
+            blocks = plan.blocks(group, layout, self.block, device, text)
+            if sum(kept.nbytes for kept in self._lists.values()) + blocks.nbytes <= _LIST_BYTES:
+                self._lists[key] = blocks
+        return Planned(plan.orders, blocks, layout.grid.numel // self.block * self.block)
 
     def watches(self, layer: int) -> bool:
         """See `Planner.watches`."""
