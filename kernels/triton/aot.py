@@ -73,7 +73,7 @@ class Compiled(NamedTuple):
         registers: Per thread.
         spills: Instructions that load spilled registers.
         shared: Bytes per program.
-        products: Matrix products of the kernel, two for each of its loops.
+        products: Matrix products in the code, two for each of its loops and those peeled off.
         instruction: What they became: ``wgmma``, ``tcgen05`` or ``mma``.
         loads: ``TMA`` or ``cp.async``.
     """
@@ -140,7 +140,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     }  # fmt: skip
     unused = _unused(constants)
     names = attention_forward.arg_names
-    kinds = {name: _kind(name, constants, unused) for name in names}
+    kinds = {name: _kind(name, constants, unused, key.dtype) for name in names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
@@ -190,7 +190,7 @@ def _unused(constants: dict[str, Any]) -> set[str]:
     return {name for name, needed in needs.items() if not needed}
 
 
-def _kind(name: str, constants: dict[str, Any], unused: set[str]) -> str:
+def _kind(name: str, constants: dict[str, Any], unused: set[str], dtype: str) -> str:
     if name in constants or name in unused:
         return "constexpr"
     if name in _FLOATS:
@@ -198,10 +198,11 @@ def _kind(name: str, constants: dict[str, Any], unused: set[str]) -> str:
     if name in _INTS:
         return "*i32"
     if name in ("q", "k", "v", "out", "pool_key", "pool_value", "pool_variance"):
+        dtype = "bf16" if name == "pool_variance" else dtype
         if name in ("q", "out") or not constants["TMA"]:
-            return "*bf16"
+            return f"*{dtype}"
         rows = constants["TILE_TAIL" if name.startswith("pool") else "TILE_KV"]
-        return f"tensordesc<bf16[1,{rows},1,{constants['BLOCK_D']}]>"
+        return f"tensordesc<{dtype}[1,{rows},1,{constants['BLOCK_D']}]>"
     return "fp32" if name == "scale" else "i32"
 
 

@@ -28,7 +28,9 @@ from gen_accel.kernels.triton.config import (
 COMPILE = """
 import json, sys
 from gen_accel.kernels.triton import aot
+dtype = sys.argv[2] if len(sys.argv) > 2 else "bf16"
 for kernel in aot.shipped([int(sys.argv[1])], [128], ["lists", "everything"]):
+    kernel = kernel._replace(key=kernel.key._replace(dtype=dtype))
     compiled = aot.compile_kernel(kernel)
     found = kernel.row() | compiled._asdict() | {"problem": aot.problem(kernel, compiled)}
     print(json.dumps(found))
@@ -54,6 +56,13 @@ def test_compiles_without_spills_and_fits(device):
         assert row["products"] >= 4 and (row["feature"] == "lists" or row["products"] >= 7)
         assert row["instruction"] == {90: "wgmma", 100: "tcgen05"}.get(device, "mma")
         assert row["loads"] == ("TMA" if device >= 90 else "cp.async")
+
+
+def test_fp16_is_no_different():
+    done = python(COMPILE, "90", "fp16")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows and all(row["problem"] is None for row in rows), rows
 
 
 def test_the_interpreter_compiles_nothing():
