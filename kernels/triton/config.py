@@ -112,17 +112,16 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:
         for height, keys, warps, stages in ladder.tiles[ladder.first[kind] :]:
-            config = Config(height, min(keys, key.block[1]), warps, stages, family >= 90)
-            if rows in (None, height) and _shared(config, key) <= _shared_limit(key.capability):
-                found.append(config)
+            if rows in (None, height):
+                found.append(Config(height, min(keys, key.block[1]), warps, stages, family >= 90))
+    found += [config._replace(stages=config.stages + 1) for config in found]
+    found = [c for c in found if _shared(c, key) <= _shared_limit(key.capability)]
     return list(dict.fromkeys(found))
 
 
 def _shared(config: Config, key: Key) -> int:
     """Bytes of shared memory, roughly: tiles of keys and values, and what wgmma reads beside."""
-    heavy = (
-        key.masked and key.tail
-    )  # stand-ins may carry variances, which need the queries' squares
+    heavy = key.masked and key.tail  # may carry variances, which need the queries' squares
     loops = 2 * config.stages * config.keys
     tail = (3 if heavy else 2) * (2 if config.tma else 1) * min(64, config.keys)
     queries = (2 if heavy else 1) * config.rows if key.capability in (90, 100) else 0

@@ -20,7 +20,17 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+# Numbers that differ from call to call: a kernel made for one of them would serve no other.
+_SIZES = (
+    "heads", "q_len", "kv_len", "out_len", "tiles", "mask_rows", "key_blocks",
+    "list_batch", "list_head", "list_tile", "list_width",
+    "rule_width", "rule_head", "rule_guard", "rule_free",
+    "num_pooled", "pool_shift", "listed_batch", "listed_head", "listed_width",
+    "places_head", "places_video", "places_text",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def attention_forward(
     # q and out are pointers; k and v are tensor descriptors with TMA, else pointers.
     q, k, v, out, lse,

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,46 @@ def test_fp16_is_no_different():
 def test_the_interpreter_compiles_nothing():
     done = python(COMPILE, "90", TRITON_INTERPRET="1")
     assert done.returncode and "TRITON_INTERPRET is set" in done.stderr
+
+
+CALLS = """
+import torch
+from gen_accel.kernels.tail import pool_keys
+from gen_accel.kernels.triton.launch import attend
+from gen_accel.select.gna import gna_plan
+from helpers.attention_cases import Case, every, random
+from helpers.warmup import launches, variants
+
+kernels = launches(90)
+
+
+def call(case, blocks, joint=False, dtype=torch.bfloat16):
+    q, k, v = case.tensors(dtype)
+    tail = pool_keys(k, v, blocks.block_kv) if joint else None
+    before = len(kernels)
+    attend(q, k, v, blocks, case.scale, tail=tail, return_lse=joint)
+    return [kernel.asm["ptx"] for kernel in list(kernels)[before:]]
+
+
+case = Case("lists", random(1, 2, 0.4), 300, 300, heads=2, dim=128)
+for ptx in call(case, case.blocks(), joint=True):
+    assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx
+assert variants() == 2, "tiles of 128 and of 64"
+for length in (301, 512):  # another length, other lists: nothing is compiled
+    case = Case("lists", random(1, 3, 0.6), length, length + 5, heads=3, dim=128)
+    call(case, case.blocks(), joint=True)
+assert variants() == 2
+_, blocks = gna_plan((4, 8, 8), (3, 5, 5), tile=(2, 8, 8), block=128)
+for dim, tma in ((96, True), (60, False)):  # rows of 120 bytes are not for descriptors
+    (ptx,) = call(Case("window", every, blocks.q_len, blocks.kv_len, 2, dim), blocks)
+    assert "wgmma" in ptx and ("cp.async.bulk.tensor" in ptx) == tma, dim
+print("ok")
+"""
+
+
+def test_calls_launch_what_compiles():
+    done = python(CALLS, PYTHONPATH=str(Path(__file__).resolve().parents[1]))
+    assert done.stdout == "ok\n", done.stderr[-2000:]
 
 
 DOCTOR = """
