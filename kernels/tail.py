@@ -20,7 +20,7 @@ from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.pool import group_means
 
 GAPR = ("code", "paper")
-_NUMBERS = 1 << 21  # scores alive at a time
+_NUMBERS = 1 << 20  # scores alive at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,23 +260,28 @@ def stand_in_attention(
         a query that sees no stand-in.
     """
     key, value = (x.transpose(1, 2).to(q.dtype) for x in (pooled.key, pooled.value))
-    key, bias = (scale * key).mT, pooled.bias.to(q.dtype)
+    key = (scale * key).mT
     square = None
     if pooled.variance is not None:
         square = (scale**2 / 2 * pooled.variance.transpose(1, 2).to(q.dtype)).mT
-    number = bias.numel()
+    number = pooled.bias.numel()
     listed = blocks.mask()[..., : number // pooled.per_block]
-    listed = listed.repeat_interleave(pooled.per_block, -1)
+    bias = torch.where(listed[..., None], -torch.inf, pooled.bias.view(-1, pooled.per_block))
+    bias = bias.flatten(-2).to(q.dtype).expand(*q.shape[:2], -1, -1)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     rows = max(1, _NUMBERS // (q.shape[0] * q.shape[1] * number * blocks.block_q))
     for first in range(0, blocks.num_q_blocks, rows):
         part = slice(first * blocks.block_q, (first + rows) * blocks.block_q)
         x = q[:, :, part]
-        scores = (x @ key).add_(bias)
+        scores = x @ key
         if square is not None:
             scores += x.square() @ square
-        seen = listed[:, :, first : first + rows].repeat_interleave(blocks.block_q, 2)
-        scores.masked_fill_(seen[:, :, : x.shape[2]], -torch.inf)
+        whole = x.shape[2] // blocks.block_q
+        at = whole * blocks.block_q
+        scores[:, :, :at].unflatten(2, (whole, blocks.block_q)).add_(
+            bias[:, :, first : first + whole, None]
+        )
+        scores[:, :, at:].add_(bias[:, :, first + whole : first + whole + 1])
         peak = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).min)
         total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
         out[:, :, part] = (scores @ value).div_(total.clamp_min(torch.finfo(q.dtype).tiny))
