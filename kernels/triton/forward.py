@@ -98,7 +98,7 @@ def attention_forward(
         for i in tl.range(0, steps, num_stages=STAGES):
             start = block * BLOCK_KV + i % SPLIT * TILE_KV
             # One step ahead, in a register: left to itself the compiler prefetches it through
-            # shared memory, for two more barriers a step.
+            # shared memory, which costs a barrier a step and many registers.
             block = tl.load(entries + tl.minimum(i + 1, steps - 1) // SPLIT)
             keys = _tile(keys_of, k_token, batch, head, start, kv_len,
                          HEAD_DIM, BLOCK_D, TILE_KV, TMA, False)  # fmt: skip

@@ -93,6 +93,16 @@ def test_keys_behind_the_end_are_never_read():
     assert out[0].isfinite().all()
 
 
+def test_padded_list_entries_are_not_read():
+    for block in ((64, 64), (128, 64)):
+        case = replace(MIXED, block=block)
+        blocks = case.blocks()
+        lists = blocks.full_kv_indices
+        out, _ = run(case, torch.bfloat16, case.blocks())
+        lists[torch.arange(lists.shape[-1]) >= blocks.full_kv_num_blocks[..., None]] = 10**6
+        assert torch.equal(run(case, torch.bfloat16, blocks)[0], out)
+
+
 # ---- tiles ---------------------------------------------------------------------------------------
 
 
