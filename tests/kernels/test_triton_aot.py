@@ -50,7 +50,7 @@ def test_compiles_without_spills_and_fits(device):
     done = python(COMPILE, str(device), "bf16", *features)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["rows merged"] for row in rows} == {"1", "2"}
+    assert rows and {row["rows merged"] for row in rows} <= {"1", "2"}
     for row in rows:
         assert row["problem"] is None and row["spills"] == 0, row
         assert 0 < row["shared"] <= SHARED[device] and row["registers"] <= 255
