@@ -39,8 +39,8 @@ class Policy:
         precision: Numbers the carrier computes in: ``"auto"`` (the model's), ``"fp32"``,
             ``"bf16"``, ``"fp16"``.
         tail: What stands in for the blocks that were dropped: ``"drop"`` (nothing),
-            ``"rectified"``, ``"rectified+gapr"``, ``"joint"``, ``"joint/8"`` (a stand-in per 8
-            keys), ``"joint+variance"``, or a `gen_accel.tail.TailSetting`.
+            ``"rectified"``, ``"rectified+gapr"``, ``"joint"``, ``"joint/4"`` (four
+            stand-ins per block), ``"joint+variance"``, or a `gen_accel.tail.TailSetting`.
         impl: Carrier; ``"auto"`` picks the fastest that runs here.
         grid: Token grid ``(frames, height, width)`` after patchify, needed only when the processor
             is set on a transformer directly, where the grid cannot be seen.
@@ -327,11 +327,14 @@ class SpaAttnProcessor(Policy):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SparseProcessor(Policy):
-    """Any order, with any selection, with any tail. The defaults are what measured best.
+    """Any order, with any selection, with any tail.
+
+    The defaults had the least error for their time on our trained toy; docs/methods.md has the
+    tables. No published checkpoint was measured.
 
     Args:
-        order: ``"curve"``, ``"raster"``, ``"axis"`` (with static selection) or ``"tile"`` (with
-            windows).
+        order: ``"axis"``, one of six for each head (static selection); ``"curve"`` or ``"raster"``,
+            one for all; ``"tile"`` (windows). None takes the first of these that the selection has.
         select: ``"static"``, masks calibrated in the dense first steps; ``"pooled"``, chosen per
             call; ``"window"``, geometry; ``"all"``, no block is dropped.
         density: Share of the video blocks to see, in (0, 1].
@@ -345,7 +348,7 @@ class SparseProcessor(Policy):
     The other arguments are those of `Policy`.
     """
 
-    order: str = "curve"
+    order: str | None = None
     select: str = "static"
     density: float = 0.2
     block: int | None = None
@@ -353,12 +356,14 @@ class SparseProcessor(Policy):
     parts: int = 4
     budget: str = "row"
     refresh: int = 1
-    tail: str | TailSetting = "joint"
+    tail: str | TailSetting = "joint/4"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.select not in _MIXTURES:
             raise ValueError(f"select={self.select!r}: choose {', '.join(map(repr, _MIXTURES))}")
+        if self.order is None:
+            self.order = _MIXTURES[self.select][0]
         if self.order not in _MIXTURES[self.select]:
             raise ValueError(
                 f"order={self.order!r} with select={self.select!r}: its orders are "

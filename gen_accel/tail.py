@@ -32,14 +32,14 @@ class TailSetting:
             ``"paper"``.
         smooth: Subtract the mean key before GAPR's test, which otherwise depends on a constant
             that attention does not see. The authors do not.
-        tokens: Of the joint tail: keys per stand-in; None takes the whole block.
+        parts: Of the joint tail: stand-ins per block, one for each of so many equal parts of it.
         variance: Of the joint tail: add the second-order term of the keys' variance.
     """
 
     kind: str = "drop"
     gapr: str | None = None
     smooth: bool = True
-    tokens: int | None = None
+    parts: int = 1
     variance: bool = False
 
     def __post_init__(self) -> None:
@@ -49,16 +49,16 @@ class TailSetting:
             raise ValueError(f"gapr={self.gapr!r}: choose None, 'code' or 'paper'")
         if self.gapr is not None and self.kind != "rectified":
             raise ValueError(f"gapr={self.gapr!r} belongs to kind='rectified', not {self.kind!r}")
-        if (self.tokens is not None or self.variance) and self.kind != "joint":
-            raise ValueError(f"tokens and variance belong to kind='joint', not {self.kind!r}")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: a stand-in stands for at least one key")
+        if (self.parts != 1 or self.variance) and self.kind != "joint":
+            raise ValueError(f"parts and variance belong to kind='joint', not {self.kind!r}")
+        if self.parts < 1:
+            raise ValueError(f"parts={self.parts}: a block has at least one stand-in")
 
     @classmethod
     def parse(cls, value: str | TailSetting) -> TailSetting:
         """A setting from one of `NAMES`, or the setting itself.
 
-        ``"joint/8"`` makes a stand-in of every 8 keys, ``"joint/8+variance"`` with their variance.
+        ``"joint/4"`` makes four stand-ins of every block, ``"joint/4+variance"`` with variances.
 
         Raises:
             ValueError: An unknown name.
@@ -69,19 +69,19 @@ class TailSetting:
         if not isinstance(value, str):
             raise TypeError(f"tail={value!r}: give one of {', '.join(NAMES)} or a TailSetting")
         words, _, extra = value.partition("+")
-        kind, slash, tokens = words.partition("/")
+        kind, slash, parts = words.partition("/")
         plain = f"{kind}+{extra}" if extra else kind
-        if plain not in NAMES or (slash and not (kind == "joint" and tokens.isdigit())):
+        if plain not in NAMES or (slash and not (kind == "joint" and parts.isdigit())):
             near = difflib.get_close_matches(value, NAMES, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"tail={value!r}: choose from {', '.join(map(repr, NAMES))}, 'joint/8' for a "
-                f"stand-in per 8 keys{hint}"
+                f"tail={value!r}: choose from {', '.join(map(repr, NAMES))}, 'joint/4' for "
+                f"four stand-ins per block{hint}"
             )
         return cls(
             kind,
             gapr="code" if extra == "gapr" else None,
-            tokens=int(tokens) if slash else None,
+            parts=int(parts) if slash else 1,
             variance=extra == "variance",
         )
 
@@ -108,19 +108,16 @@ class TailSetting:
             scores: Scores of whole blocks that the selection already has.
 
         Raises:
-            ValueError: ``tokens`` does not divide the block.
+            ValueError: ``parts`` does not divide the block.
         """
         if self.kind == "drop" or pooled == 0:
             return None
         if self.kind == "joint":
-            tokens = blocks.block_kv if self.tokens is None else min(self.tokens, blocks.block_kv)
-            if blocks.block_kv % tokens:
-                raise ValueError(f"tokens={tokens}: it must divide the block of {blocks.block_kv}")
             return pool_keys(
                 k[:, :pooled],
                 v[:, :pooled],
                 blocks.block_kv,
-                per_block=blocks.block_kv // tokens,
+                per_block=self.parts,
                 real=real,
                 variance=self.variance,
             )

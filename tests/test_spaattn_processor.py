@@ -9,7 +9,7 @@ from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.curve import CurveOrder
 from gen_accel.select.neighbours import block_neighbours
 from gen_accel.select.presets import SPAATTN
-from gen_accel.tail import NAMES
+from gen_accel.tail import NAMES, TailSetting
 from helpers import tiny
 
 PIPES = [
@@ -334,3 +334,9 @@ def test_nothing_asks_the_device(tail, settings, monkeypatch):
         assert isinstance(blocks.kept(), torch.Tensor) and (made is None) == (tail == "drop")
         with pytest.raises(DataDependentOutputException):
             blocks.density()
+
+
+def test_a_selection_has_an_order_of_its_own():
+    orders = {s: SparseProcessor(select=s).order for s in ("static", "pooled", "window", "all")}
+    assert orders == {"static": "axis", "pooled": "curve", "window": "tile", "all": "raster"}
+    assert SparseProcessor().tail_setting() == TailSetting("joint", parts=4)

@@ -13,9 +13,9 @@ from gen_accel.tail import NAMES, TailSetting
         ("rectified", TailSetting("rectified")),
         ("rectified+gapr", TailSetting("rectified", gapr="code")),
         ("joint", TailSetting("joint")),
-        ("joint/8", TailSetting("joint", tokens=8)),
+        ("joint/8", TailSetting("joint", parts=8)),
         ("joint+variance", TailSetting("joint", variance=True)),
-        ("joint/4+variance", TailSetting("joint", tokens=4, variance=True)),
+        ("joint/4+variance", TailSetting("joint", parts=4, variance=True)),
     ],
 )
 def test_names(name, setting):
@@ -40,10 +40,9 @@ def test_what_a_setting_makes(name):
     assert TailSetting.parse(name).make(*call(), pooled=0) is None
 
 
-def test_stand_ins_are_at_most_the_block():
+def test_parts_divide_the_block():
     assert TailSetting.parse("joint/4").make(*call(), pooled=64).per_block == 4
-    assert TailSetting.parse("joint/64").make(*call(), pooled=64).per_block == 1
-    with pytest.raises(ValueError, match="tokens=5: it must divide"):
+    with pytest.raises(ValueError, match="per_block=5: it must divide"):
         TailSetting.parse("joint/5").make(*call(), pooled=64)
 
 
@@ -54,7 +53,7 @@ def test_stand_ins_are_at_most_the_block():
         (dict(kind="rectified", gapr="both"), "gapr='both'"),
         (dict(kind="joint", gapr="code"), "belongs to kind='rectified'"),
         (dict(kind="drop", variance=True), "belong to kind='joint'"),
-        (dict(kind="joint", tokens=0), "tokens=0"),
+        (dict(kind="joint", parts=0), "parts=0"),
     ],
 )
 def test_bad_settings(settings, message):

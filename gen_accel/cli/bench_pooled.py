@@ -11,7 +11,7 @@ from gen_accel.cli.bench import _DTYPES, _Bench, _Candidate
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TAILS = ("drop", "rectified", "joint", "joint/16", "joint+variance")
+_TAILS = ("drop", "rectified", "joint", "joint/4", "joint+variance")
 _RULES = {"block means": 1, "4x4 sub-blocks": 4}
 
 
