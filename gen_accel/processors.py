@@ -376,6 +376,7 @@ class SparseProcessor(Policy):
 
     def _as_policy(self) -> Policy:
         """The policy that does this."""
+        assert self.order is not None
         shared = {f.name: getattr(self, f.name) for f in fields(Policy) if f.init}
         shared["tail"] = self.tail
         if self.select == "static":
