@@ -340,3 +340,24 @@ def test_a_selection_has_an_order_of_its_own():
     orders = {s: SparseProcessor(select=s).order for s in ("static", "pooled", "window", "all")}
     assert orders == {"static": "axis", "pooled": "curve", "window": "tile", "all": "raster"}
     assert SparseProcessor().tail_setting() == TailSetting("joint", parts=4)
+
+
+def test_set_on_the_transformer_directly():
+    pipe, call = tiny.tiny_wan()
+    with apply(pipe, spaattn(density=0.3)):
+        expected = tiny.run(pipe, **call)
+    # Modules see no steps, so lists are never kept.
+    pipe.transformer.set_attn_processor(spaattn(density=0.3, grid=(5, 4, 6), refresh=4))
+    torch.testing.assert_close(tiny.run(pipe, **call), expected, rtol=0, atol=1e-4)
+
+
+def test_compiled_blocks_follow_the_selection():
+    pipe, call = tiny.tiny_wan()
+    with apply(pipe, spaattn(density=0.3, tail="joint/4")) as handle:
+        expected = tiny.run(pipe, **call)
+        torch._dynamo.reset()
+        for i, block in enumerate(pipe.transformer.blocks):
+            pipe.transformer.blocks[i] = torch.compile(block, fullgraph=True, backend="eager")
+        out = tiny.run(pipe, **call)
+        assert handle.stats()["transformer"].sparse and not handle.components[0].hoist.reason
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)

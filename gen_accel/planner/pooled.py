@@ -70,12 +70,13 @@ class PooledPlanner:
 
         def select(q: Tensor, k: Tensor) -> tuple[Blocks, BlockScores | None]:
             key = layer, self._context.branch, text, heads and (heads.start, heads.stop)
-            step = self._context.step or 0
+            step = self._context.step
             made, blocks = self._kept.get(key, (0, None))
-            if blocks is not None and step - made < self.setting.refresh:
+            if blocks is not None and step is not None and step - made < self.setting.refresh:
                 return blocks, None
             blocks, scores = self._select(q, k, grid, block, pooled)
-            if self.setting.refresh > 1:
+            # Without steps nobody can tell when lists have grown old.
+            if self.setting.refresh > 1 and step is not None:
                 self._kept[key] = step, blocks
             return blocks, scores
 
