@@ -148,6 +148,16 @@ class _Candidate:
         return f"{self.mask} {self.name}"
 
 
+def random_qkv(
+    args: argparse.Namespace, tokens: int, dim: int, dtype: str, generator: torch.Generator
+) -> list[Tensor]:
+    """``[1, tokens, heads, dim]`` each, the same on every device."""
+    import torch
+
+    shape, kind = (1, tokens, args.heads, dim), getattr(torch, _DTYPES[dtype])
+    return [torch.randn(shape, generator=generator).to(args.device, kind) for _ in range(3)]
+
+
 class _Bench:
     """All candidates for one head size and dtype."""
 
@@ -163,11 +173,7 @@ class _Bench:
 
         self.args, self.dim, self.dtype = args, dim, dtype
         generator = torch.Generator().manual_seed(args.seed)
-        shape = (1, args.tokens, args.heads, dim)
-        self.q, self.k, self.v = (
-            torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
-            for _ in range(3)
-        )
+        self.q, self.k, self.v = random_qkv(args, args.tokens, dim, dtype, generator)
         self.layout = TokenLayout(_grid(args.tokens))
         self.order = axis_order([1 + i % (len(AXIS_ORDERS) - 1) for i in range(args.heads)])
         self.ordered = [self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench import _DTYPES, _FLEX, _Bench, _Candidate, _exact
+from gen_accel.cli.bench import _FLEX, _Bench, _Candidate, _exact, random_qkv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +39,7 @@ class GnaBench(_Bench):
         self.args = argparse.Namespace(**{**vars(args), **sizes})
         self.dim, self.dtype = dim, dtype
         generator = torch.Generator().manual_seed(args.seed)
-        shape = (1, self.layout.tokens, args.heads, dim)
-        self.q, self.k, self.v = (
-            torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
-            for _ in range(3)
-        )
+        self.q, self.k, self.v = random_qkv(args, self.layout.tokens, dim, dtype, generator)
         self.plans = {}
         for density in args.densities:
             sparse = suggest(args.grid, density, tile)[0]

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench import _DTYPES, _Bench, _Candidate
+from gen_accel.cli.bench import _Bench, _Candidate, _grid, random_qkv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,18 +26,13 @@ class PooledBench(_Bench):
     def __init__(self, args: argparse.Namespace, dim: int, dtype: str) -> None:
         import torch
 
-        from gen_accel.cli.bench import _grid
         from gen_accel.kernels.api import available
         from gen_accel.layout import TokenLayout
         from gen_accel.order.curve import CurveOrder
 
         self.args, self.dim, self.dtype = args, dim, dtype
         generator = torch.Generator().manual_seed(args.seed)
-        shape = (1, args.tokens, args.heads, dim)
-        self.q, self.k, self.v = (
-            torch.randn(shape, generator=generator).to(args.device, getattr(torch, _DTYPES[dtype]))
-            for _ in range(3)
-        )
+        self.q, self.k, self.v = random_qkv(args, args.tokens, dim, dtype, generator)
         self.layout = TokenLayout(_grid(args.tokens))
         self.order: Any = CurveOrder()
         self.ordered = [self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)]
