@@ -30,21 +30,26 @@ def run(args: argparse.Namespace) -> int:
     """Print both tables and store their rows."""
     import torch
 
-    from gen_accel.eval.files import check_writable
+    from gen_accel.eval.files import check_writable, write_text
     from gen_accel.eval.harness import append_rows
 
-    if args.out:
-        check_writable(Path(args.out).parent)
+    for path in filter(None, (args.out, args.table, args.plot)):
+        check_writable(Path(path).parent)
     with torch.no_grad():
         known, held_out = _calls(args)
         bench = TailBench(known, held_out, args.model)
         selections = bench.selections(FOUND)
-        print(table(selections, "name", "density", "softmax mass found, mean"))
-        print(table(selections, "name", "density", "as a share of the best lists'", "share"))
         tails = bench.tails(DENSITIES)
-        for density in DENSITIES:
-            rows = [row for row in tails if row["config"]["density"] == density]
-            print(table(rows, "name", "tail", f"density {density:g}: relative L2 to dense"))
+    tables = [
+        table(selections, "name", "density", "softmax mass found, mean"),
+        table(selections, "name", "density", "as a share of the best lists'", "share"),
+    ]
+    for density in DENSITIES:
+        rows = [row for row in tails if row["config"]["density"] == density]
+        tables.append(table(rows, "name", "tail", f"density {density:g}: relative L2 to dense"))
+    print(*tables, sep="\n")
+    if args.table:
+        write_text(Path(args.table), "\n".join(tables))
     if args.out:
         append_rows(args.out, [*selections, *tails])
     if args.plot:

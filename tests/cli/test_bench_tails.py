@@ -99,3 +99,13 @@ def test_the_plot_is_a_file(tmp_path):
     bench = bench_tails.TailBench(calls(0, 2), calls(1, 2), "hunyuan-video")
     bench_tails.plot(bench.tails((0.5, 0.3)), tmp_path / "tails.svg")
     assert (tmp_path / "tails.svg").read_text().startswith("<?xml")
+
+
+def test_bench_tails(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_tails, "_calls", lambda args: (calls(0, 2), calls(1, 2)))
+    monkeypatch.setattr(bench_tails, "DENSITIES", (0.3,))
+    rows, page, picture = (tmp_path / name for name in ("rows.jsonl", "page.md", "plot.svg"))
+    where = [f"--out={rows}", f"--table={page}", f"--plot={picture}"]
+    assert main(["bench", "tails", *where]) == 0
+    assert page.read_text() in capsys.readouterr().out + "\n" and picture.exists()
+    assert {row["kind"] for row in read_rows(rows)} == {"selection", "tail"}
