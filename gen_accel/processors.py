@@ -343,6 +343,8 @@ class SparseProcessor(Policy):
         parts: Of pooled selection: means per block that the scores are made of.
         budget: Of pooled selection: ``"row"`` or ``"layer"``, see
             `gen_accel.select.pooled.PooledSetting`.
+        neighbours: Of pooled selection: always see blocks that hold a neighbour of one's own
+            tokens; few blocks have room for that.
         refresh: Of pooled selection: denoising steps that share their lists.
 
     The other arguments are those of `Policy`.
@@ -355,6 +357,7 @@ class SparseProcessor(Policy):
     plan: AttentionPlan | str | os.PathLike[str] | None = None
     parts: int = 4
     budget: str = "row"
+    neighbours: bool = False
     refresh: int = 1
     tail: str | TailSetting = "joint/4"
 
@@ -391,6 +394,7 @@ class SparseProcessor(Policy):
             block=self.block,
             parts=self.parts,
             budget=self.budget,
+            neighbours=self.neighbours,
             refresh=self.refresh,
             top_p=0.0,
             inside=True,

@@ -361,3 +361,18 @@ def test_compiled_blocks_follow_the_selection():
         out = tiny.run(pipe, **call)
         assert handle.stats()["transformer"].sparse and not handle.components[0].hoist.reason
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("select", ["static", "pooled"])
+def test_mixtures_keep_what_they_are_asked_to(select):
+    pipe, call = tiny.tiny_wan()
+    call["num_inference_steps"] = 3
+    policy = sparse(select=select, density=0.3)
+    with apply(pipe, policy) as handle:
+        tiny.run(pipe, **call)
+        blocks = 120 // 16
+        # The ragged last block and its row are kept whole where masks are static.
+        whole = round(0.3 * blocks**2) + (2 * blocks + 1) if select == "static" else None
+        ran = handle.stats()["transformer"].mean_density
+    expected = whole / (blocks + 1) ** 2 if whole else round(0.3 * 8) / 8
+    assert ran == pytest.approx(expected, abs=0.01)
