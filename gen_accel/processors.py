@@ -329,14 +329,14 @@ class SpaAttnProcessor(Policy):
 class SparseProcessor(Policy):
     """Any order, with any selection, with any tail.
 
-    The defaults had the least error for their time on our trained toy; docs/methods.md has the
-    tables. No published checkpoint was measured.
+    The defaults were nearest to dense clips for their time on our trained toy; docs/methods.md has
+    the tables. No published checkpoint was measured.
 
     Args:
         order: ``"axis"``, one of six for each head (static selection); ``"curve"`` or ``"raster"``,
             one for all; ``"tile"`` (windows). None takes the first of these that the selection has.
-        select: ``"static"``, masks calibrated in the dense first steps; ``"pooled"``, chosen per
-            call; ``"window"``, geometry; ``"all"``, no block is dropped.
+        select: ``"pooled"``, chosen per call; ``"static"``, masks calibrated in the dense first
+            steps; ``"window"``, geometry; ``"all"``, no block is dropped.
         density: Share of the video blocks to see, in (0, 1].
         block: Tokens per block; None picks by length.
         plan: Of static selection: an `AttentionPlan` or the path of one; None calibrates.
@@ -351,7 +351,7 @@ class SparseProcessor(Policy):
     """
 
     order: str | None = None
-    select: str = "static"
+    select: str = "pooled"
     density: float = 0.2
     block: int | None = None
     plan: AttentionPlan | str | os.PathLike[str] | None = None

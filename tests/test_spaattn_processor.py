@@ -339,6 +339,7 @@ def test_nothing_asks_the_device(tail, settings, monkeypatch):
 def test_a_selection_has_an_order_of_its_own():
     orders = {s: SparseProcessor(select=s).order for s in ("static", "pooled", "window", "all")}
     assert orders == {"static": "axis", "pooled": "curve", "window": "tile", "all": "raster"}
+    assert SparseProcessor().order == "curve" and SparseProcessor().select == "pooled"
     assert SparseProcessor().tail_setting() == TailSetting("joint", parts=4)
 
 
