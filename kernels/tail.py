@@ -10,7 +10,7 @@ code). Either works with any block lists.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -316,11 +316,3 @@ def apply_tail(
         return torch.addcmul(shift.to(out.dtype), ratio.to(out.dtype), out), lse
     assert lse is not None
     return merge(out, lse, *stand_in_attention(q.to(out.dtype), tail, blocks, scale))
-
-
-def to_device(tail: Tail, device: torch.device | str) -> Tail:
-    """The same tail on another device."""
-    moved = {
-        name: value.to(device) for name, value in vars(tail).items() if isinstance(value, Tensor)
-    }
-    return replace(tail, **moved)
