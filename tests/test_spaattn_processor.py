@@ -377,3 +377,14 @@ def test_mixtures_keep_what_they_are_asked_to(select):
         ran = handle.stats()["transformer"].mean_density
     expected = whole / (blocks + 1) ** 2 if whole else round(0.3 * 8) / 8
     assert ran == pytest.approx(expected, abs=0.01)
+
+
+def test_kept_lists_are_those_of_the_sample():
+    layout = TokenLayout(GRID, 0, 12, (5, 12, 5))
+    q, k, v = qkv(layout, batch=3)
+    outs = []
+    for refresh in (1, 2):
+        runs = engine(spaattn(density=0.2, neighbours=False, refresh=refresh))
+        runs.enter(ForwardContext(layout, step=0, steps=4, run=1))
+        outs.append(runs.attend(q, k, v, layer=0))
+    assert torch.equal(*outs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class PooledPlanner:
         self.hoist: Hoist | None = None
         self._context = ForwardContext()
         self._kept: dict[Any, tuple[int, Blocks]] = {}
+        self._asked: Counter[Any] = Counter()
 
     def begin(self, context: ForwardContext) -> None:
         """Lists do not outlive a run or a grid."""
@@ -56,6 +58,7 @@ class PooledPlanner:
         if context.run != before.run or context.layout != before.layout:
             self._kept.clear()
         self._context = context
+        self._asked.clear()
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
@@ -69,7 +72,10 @@ class PooledPlanner:
             return f"grid {grid} has no two blocks of {block}"
 
         def select(q: Tensor, k: Tensor) -> tuple[Blocks, BlockScores | None]:
-            key = layer, self._context.branch, text, heads and (heads.start, heads.stop)
+            call = layer, self._context.branch, text, heads and (heads.start, heads.stop)
+            # Samples with text of one length come one by one, and each has lists of its own.
+            key = call, self._asked[call]
+            self._asked[call] += 1
             step = self._context.step
             made, blocks = self._kept.get(key, (0, None))
             if blocks is not None and step is not None and step - made < self.setting.refresh:
