@@ -94,7 +94,6 @@ def capture(
         for number, prompt in enumerate(prompts):
             watcher = _Watcher(steps, branches)
             engine.planner = watcher
-            # Every step is dense by the schedule, which would be asked before the planner.
             generator = torch.Generator().manual_seed(seed + number)
             # Pixels are not looked at, so they are not decoded.
             pipe(**{"output_type": "latent", **call, "prompt": prompt, "generator": generator})

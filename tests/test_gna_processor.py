@@ -7,16 +7,7 @@ from gen_accel.kernels.api import available
 from gen_accel.layout import ForwardContext, TokenLayout
 from gen_accel.select.window import Window
 from helpers import tiny
-
-PIPES = [
-    tiny.tiny_wan,
-    tiny.tiny_wan_i2v,
-    tiny.tiny_wan22,
-    tiny.tiny_hunyuan,
-    tiny.tiny_flux,
-    tiny.tiny_cosmos,
-    tiny.tiny_cosmos2,
-]
+from helpers.tiny import PIPES
 
 
 def gna(**settings):

@@ -17,16 +17,8 @@ from gen_accel import AttentionPlan, ParoProcessor, apply, calibrate
 from gen_accel.plan import PlanError
 from gen_accel.planner import calibrated
 from helpers import tiny
+from helpers.tiny import PIPES
 
-PIPES = [
-    tiny.tiny_wan,
-    tiny.tiny_wan_i2v,
-    tiny.tiny_wan22,
-    tiny.tiny_hunyuan,
-    tiny.tiny_flux,
-    tiny.tiny_cosmos,
-    tiny.tiny_cosmos2,
-]
 STEPS = 5  # with dense_steps=0.2 the first one is dense
 
 

@@ -11,16 +11,8 @@ from gen_accel.select.neighbours import block_neighbours
 from gen_accel.select.presets import SPAATTN
 from gen_accel.tail import NAMES, TailSetting
 from helpers import tiny
+from helpers.tiny import PIPES
 
-PIPES = [
-    tiny.tiny_wan,
-    tiny.tiny_wan_i2v,
-    tiny.tiny_wan22,
-    tiny.tiny_hunyuan,
-    tiny.tiny_flux,
-    tiny.tiny_cosmos,
-    tiny.tiny_cosmos2,
-]
 GRID = TokenGrid(3, 6, 7)  # 126 tokens: the last of eight blocks of 16 holds 14
 LAYOUTS = {
     "no text": TokenLayout(GRID),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..grounding import average_precision
 from ..toys import TOYS, encode_text, to_latents, toy_call, toy_name, velocity
 from .caption import describe
 from .read import read
@@ -227,13 +228,6 @@ def _text_logits(
     return to_text, to_image
 
 
-def average_precision(score: np.ndarray, label: np.ndarray) -> float:
-    """Area under precision-recall of ``score`` for the boolean ``label``; 0 without positives."""
-    hits = label[np.argsort(-score, kind="stable")]
-    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    return float((precision * hits).sum() / max(hits.sum(), 1))
-
-
 def token_mask(mask: np.ndarray, patch: int) -> np.ndarray:
     """Object mask ``[T, S, S]`` as labels of the tokens, raster order: at least half covered."""
     t, s, _ = mask.shape
@@ -293,6 +287,7 @@ def word_maps(pipe: Any, clips: int = 40, sigma: float = 0.5, batch: int = 10) -
         for b, (clip, caption) in enumerate(zip(drawn, captions)):
             label = token_mask(clip.target, patch)
             areas.append(float(label.mean()))
+            target = torch.from_numpy(label).view(1, 1, -1)
             offsets = tokenizer(caption.text, return_offsets_mapping=True)["offset_mapping"]
             valid = len(offsets)
             where = {
@@ -305,8 +300,10 @@ def word_maps(pipe: Any, clips: int = 40, sigma: float = 0.5, batch: int = 10) -
                 maps = (to_text[b, :, :, :valid].softmax(-1), to_image[b].softmax(-2))
                 for d, attention in enumerate(maps):
                     for w, word in enumerate(WordMaps.WORDS):
-                        for head, column in enumerate(attention[..., where[word]].numpy()):
-                            entry[d, w, layer, head] = average_precision(column, label)
+                        for head, column in enumerate(attention[..., where[word]]):
+                            if label.any():  # an object under half a token everywhere scores 0
+                                score = average_precision(column.reshape(1, 1, -1), target)
+                                entry[d, w, layer, head] = float(score)
             columns.append(entry)
     return WordMaps(np.stack(columns, axis=-1), float(np.mean(areas)))
 

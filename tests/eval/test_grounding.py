@@ -159,6 +159,12 @@ def test_average_precision_agrees_with_torchmetrics(seed, levels):
         assert float(ours[i]) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_average_precision_by_hand():
+    label = torch.tensor([[[True, False, True, False]]])
+    heat = torch.tensor([[[4.0, 3.0, 2.0, 1.0]]])
+    assert float(average_precision(heat, label)) == pytest.approx(5 / 6)
+
+
 def test_average_precision_of_perfect_constant_and_reversed_maps():
     assert float(average_precision(HALF.float(), HALF)) == 1
     assert float(average_precision(torch.ones(1, 4, 4), HALF)) == pytest.approx(0.25)

@@ -132,9 +132,6 @@ def test_gate_arithmetic():
     assert gate.wilson(0, 0) == (0.0, 100.0)
     low, high = gate.bootstrap([1.0] * 9 + [2.0])
     assert low < 1.1 < high
-    label = np.array([True, False, True, False])
-    assert gate.average_precision(np.array([4.0, 3.0, 2.0, 1.0]), label) == pytest.approx(5 / 6)
-    assert gate.average_precision(np.arange(4.0), np.zeros(4, bool)) == 0
     mask = np.zeros((1, 8, 8), bool)
     mask[0, :4, :2] = mask[0, 4:, 4:7] = True
     assert gate.token_mask(mask, 4).tolist() == [True, False, False, True]

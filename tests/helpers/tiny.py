@@ -357,3 +357,14 @@ def tiny_cosmos2(heads=2, head_dim=16, layers=2, video=True):
     pipe = cls(transformer=transformer, vae=wan_vae(), scheduler=scheduler, **_cosmos_parts())
     size = {**VIDEO, "image": picture()} if video else {"height": 64, "width": 96}
     return pipe, {**CALL, **CFG, **size, "max_sequence_length": TEXT}
+
+
+PIPES = [
+    tiny_wan,
+    tiny_wan_i2v,
+    tiny_wan22,
+    tiny_hunyuan,
+    tiny_flux,
+    tiny_cosmos,
+    tiny_cosmos2,
+]
