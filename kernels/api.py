@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import RULES, Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.quant import PRECISIONS
 from gen_accel.kernels.tail import Pooled, Rectified, Tail, block_scores, pool_keys, rectify
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,13 @@ _CARRIERS = {
 _AUTO = ("triton", "gather")  # what impl="auto" tries, best first
 _AUTO_ON_CPU = ("gather",)  # triton's interpreter is for tests
 
-_PRECISIONS = {
+_DTYPE_OF = {
     "auto": None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_PRECISIONS = (*_DTYPE_OF, *PRECISIONS)
 _TAILS = ("drop", "rectified", "joint")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +82,10 @@ def block_sparse_attention(
         blocks: Visible blocks, or None for dense attention.
         scale: Factor of the scores; None means ``head_dim ** -0.5``.
         precision: ``"auto"`` (at least as exact as the inputs' dtype), or the dtype to compute in:
-            ``"fp32"``, ``"bf16"``, ``"fp16"``. The result has the inputs' dtype in any case.
+            ``"fp32"``, ``"bf16"``, ``"fp16"``; or how to quantise: ``"int8"`` (scores), and with
+            the weights and values too ``"int8+fp8"``, ``"int8+int8"``, ``"int4"`` (scores in 4
+            bits, values in 8), ``"int4+int4"``; see `gen_accel.kernels.quant`. The result has the
+            inputs' dtype in any case.
         tail: What stands in for the blocks that are not visible: None or ``"drop"``, nothing;
             ``"joint"``, their mean keys and values; ``"rectified"``, a ratio and a shift per query
             block; or a `Pooled` or `Rectified` of your own, which is how to leave padding out or to
@@ -152,7 +157,8 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     if check_finite:
         _check_finite(q=q, k=k, v=v)
-    call = Call(q, k, v, blocks, scale, _PRECISIONS[precision], return_lse, tail)
+    compute, quantised = _DTYPE_OF.get(precision), PRECISIONS.get(precision)
+    call = Call(q, k, v, blocks, scale, compute, return_lse, tail, quantised)
     name = _choose(call, impl)
     if impl == "auto":
         _announce(name, q.device.type)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.quant import Precision
 from gen_accel.kernels.tail import Tail
 
 
@@ -23,6 +24,7 @@ class Call(NamedTuple):
         compute: dtype to compute in, or None: as exact as the inputs' dtype, whatever is fastest.
         return_lse: Whether the log-sum-exp is wanted.
         tail: What stands in for hidden blocks, or None. There is none without blocks.
+        precision: How to quantise, or None. Then ``compute`` is None.
     """
 
     q: Tensor
@@ -33,6 +35,7 @@ class Call(NamedTuple):
     compute: torch.dtype | None = None
     return_lse: bool = False
     tail: Tail | None = None
+    precision: Precision | None = None
 
 
 class Carrier(Protocol):

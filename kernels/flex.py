@@ -53,6 +53,8 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """What FlexAttention cannot do."""
+    if call.precision is not None:
+        return "quantised calls: use impl='reference'"
     dtype = call.compute or call.q.dtype
     if dtype == torch.float64:
         return "FlexAttention does not take fp64: use impl='gather'"

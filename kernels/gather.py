@@ -44,6 +44,8 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """Only dense calls have a gradient."""
+    if call.precision is not None:
+        return "quantised calls: use impl='reference'"
     if not _is_dense(call) and torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         return (
             "q, k or v require a gradient, which this carrier does not have: "

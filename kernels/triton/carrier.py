@@ -26,6 +26,8 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """What the kernel cannot do."""
+    if call.precision is not None:
+        return "quantised calls: use impl='reference'"
     if call.q.device.type != "cuda" and not _interpreted():
         return f"tensors on {call.q.device.type}: move them to a GPU, or use impl='gather'"
     dtype = call.compute or call.q.dtype

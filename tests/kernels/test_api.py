@@ -53,7 +53,7 @@ def bad(change):
         (lambda q: {"scale": float("nan")}, r"scale=nan: it must be finite"),
         (lambda q: {"scale": float("inf")}, r"scale=inf: it must be finite"),
         (lambda q: {"impl": "gathr"}, r"impl='gathr': .*'auto', 'gather'.*did you mean 'gather'"),
-        (lambda q: {"precision": "int8"}, r"precision='int8': it must be one of 'auto', 'fp32'"),
+        (lambda q: {"precision": "int7"}, r"precision='int7': it must be one of 'auto', 'fp32'"),
         (lambda q: {"tail": "rectify"}, r"tail='rectify': it must be one of 'drop'.*'rectified'\?"),
     ],
 )
