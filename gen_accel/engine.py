@@ -37,7 +37,8 @@ class RunStats:
         sparse: Number of sparse attention calls.
         dense: Reason -> number of calls that stayed dense for it.
         density: ``(step, layer)`` -> kept share of all blocks of that call, text included.
-        seconds: Time in ``"dense"``, ``"sparse"`` (order, carrier, inverse) and ``"calibrate"``.
+        seconds: Time in ``"dense"``, ``"sparse"`` and ``"calibrate"``; of the sparse, in
+            ``"order"`` (with its inverse), ``"plan"``, ``"tail"`` and ``"kernel"``.
             Without ``profile=True`` only CPU calls are timed: a GPU would have to be synchronised.
         carrier: Implementation that ran the sparse calls, or "".
     """
@@ -258,21 +259,26 @@ class Engine:
         text: int,
     ) -> Tensor:
         order, blocks, pooled, real = planned
-        q, k, v = (order.reorder(x, layout) for x in (q, k, v))
+        with self._clock("order", q):
+            q, k, v = (order.reorder(x, layout) for x in (q, k, v))
         # Behind the video (and its padding places) stand the text tokens that are attended to.
         keys = k.shape[1] - layout.text + text
         k, v = k[:, :keys], v[:, :keys]
         scores = None
         if not isinstance(blocks, Blocks):
-            blocks, scores = blocks(q, k)
+            with self._clock("plan", q):
+                blocks, scores = blocks(q, k)
         self._note_density(layer, blocks)
         if not self._stats.carrier:
             self._stats.carrier = choose(q, k, v, blocks, impl=self.impl)
-        tail = self.tail.make(q, k, v, blocks, pooled=pooled, real=real, scores=scores)
-        out = block_sparse_attention(
-            q, k, v, blocks, tail=tail, precision=self.precision, impl=self.impl
-        )
-        return order.restore(out, layout)
+        with self._clock("tail", q):
+            tail = self.tail.make(q, k, v, blocks, pooled=pooled, real=real, scores=scores)
+        with self._clock("kernel", q):
+            out = block_sparse_attention(
+                q, k, v, blocks, tail=tail, precision=self.precision, impl=self.impl
+            )
+        with self._clock("order", q):
+            return order.restore(out, layout)
 
     # -- book-keeping --------------------------------------------------------------------------
 
