@@ -44,6 +44,7 @@ class DirectCalls:
             tail=policy.tail_setting(),
             precision=policy.precision,
             impl=policy.impl,
+            dense=policy.dense,
         )
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel import natten
+from gen_accel import dense, natten
 from gen_accel.kernels.api import block_sparse_attention, choose
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
@@ -68,6 +68,7 @@ class Engine:
         tail: What stands in for hidden blocks.
         precision: Numbers the carrier computes in.
         impl: Carrier.
+        dense: What computes the dense calls, see `gen_accel.dense`.
         profile: Synchronise the device around calls so that `RunStats.seconds` holds on GPUs.
     """
 
@@ -83,6 +84,7 @@ class Engine:
         tail: TailSetting | None = None,
         precision: str = "auto",
         impl: str = "auto",
+        dense: str = "stock",
         profile: bool = False,
     ) -> None:
         self.name = name
@@ -92,6 +94,7 @@ class Engine:
         self.tail = tail or TailSetting()
         self.precision = precision
         self.impl = impl
+        self.dense = dense
         self.profile = profile
         self.context = ForwardContext()
         self._stats = RunStats()
@@ -189,7 +192,7 @@ class Engine:
             self._say_once(f"attention stays dense: {reason}")
         if layout is None:
             self._count_dense(reason or self.context.reason)
-            return _dense_attention(q, k, v, backend, mask)
+            return dense.stock(q, k, v, backend, mask)
         valid = layout.text_valid or (layout.text_after,)
         if len(set(valid)) == 1:
             return self._attend(q, k, v, layer, backend, heads, layout, valid[0])
@@ -226,7 +229,7 @@ class Engine:
             with self._clock("calibrate", q):
                 self.planner.observe(layer, q, k, v, layout)
         with self._clock("dense", q):
-            return _dense_attention(q, k, v, backend)
+            return dense.attend(q, k, v, self.dense, backend, self.impl)
 
     def _sparse(
         self,
@@ -314,15 +317,6 @@ class Engine:
             torch.accelerator.synchronize()
         seconds = self._stats.seconds
         seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
-
-
-def _dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, backend: Any, mask: Tensor | None = None
-) -> Tensor:
-    """The baseline's own dense kernel, or a comparison with the baseline would mean nothing."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
 
 
 def _step_index(scheduler: Any) -> int:

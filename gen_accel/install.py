@@ -233,6 +233,7 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
             tail=processor.tail_setting(),
             precision=processor.precision,
             impl=processor.impl,
+            dense=processor.dense,
             profile=profile,
         )
         components.append(Component(name, transformer, family, model, planner, engine, taken, left))

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gen_accel import natten
-from gen_accel.kernels.api import check_options
+from gen_accel import natten, sage
+from gen_accel.dense import KINDS
+from gen_accel.kernels.api import check_name, check_options
 from gen_accel.order.curve import CurveOrder
 from gen_accel.order.raster import RasterOrder
 from gen_accel.plan import BLOCK_SIZES, AttentionPlan
@@ -42,6 +43,8 @@ class Policy:
             ``"rectified"``, ``"rectified+gapr"``, ``"joint"``, ``"joint/4"`` (four
             stand-ins per block), ``"joint+variance"``, or a `gen_accel.tail.TailSetting`.
         impl: Carrier; ``"auto"`` picks the fastest that runs here.
+        dense: What computes the dense steps and layers: ``"stock"`` (the pipeline's own kernel),
+            ``"sage"`` (SageAttention, on CUDA), or a quantised precision such as ``"int8+int8"``.
         grid: Token grid ``(frames, height, width)`` after patchify, needed only when the processor
             is set on a transformer directly, where the grid cannot be seen.
     """
@@ -53,6 +56,7 @@ class Policy:
     tail: str | TailSetting = "drop"
     precision: str = "auto"
     impl: str = "auto"
+    dense: str = "stock"
     grid: tuple[int, int, int] | None = None
     _libraries: ClassVar[tuple[str, ...]] = ()  # beside the carriers, what impl may name
     _direct: Any = field(default=None, init=False, repr=False)
@@ -66,6 +70,9 @@ class Policy:
         self.schedule()
         self.tail_setting()
         check_options(self.precision, self.impl, self._libraries)
+        check_name("dense", self.dense, KINDS)
+        if self.dense == "sage" and (reason := sage.missing()):
+            raise ValueError(f"dense='sage': {reason}")
         if self.grid is not None and (len(self.grid) != 3 or min(self.grid) < 1):
             raise ValueError(f"grid={self.grid}: give (frames, height, width), each at least 1")
 

@@ -134,8 +134,18 @@ def check_options(precision: str, impl: str, more: Iterable[str] = ()) -> None:
 
     ``more`` names what a caller can run beside the carriers.
     """
-    _check_name("precision", precision, _PRECISIONS)
-    _check_name("impl", impl, ("auto", *_CARRIERS, *more))
+    check_name("precision", precision, _PRECISIONS)
+    check_name("impl", impl, ("auto", *_CARRIERS, *more))
+
+
+def check_name(option: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise ValueError, naming the nearest, unless ``value`` is allowed."""
+    names = tuple(allowed)
+    if value in names:
+        return
+    nearest = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{option}={value!r}: it must be one of {', '.join(map(repr, names))}{hint}")
 
 
 def available() -> dict[str, str | None]:
@@ -315,7 +325,7 @@ def _tail(
         _check_tail(tail, q, k, blocks)
         return tail
     if tail is not None:
-        _check_name("tail", tail, _TAILS)
+        check_name("tail", tail, _TAILS)
     if blocks is None or tail is None or tail == "drop":
         return None
     if tail == "joint":
@@ -348,15 +358,6 @@ def _check_tail(tail: Tail, q: Tensor, k: Tensor, blocks: Blocks) -> None:
             raise ValueError(f"{name} of the tail is {tuple(found.shape)}: it must be {shape}")
         if found.device != q.device:
             raise ValueError(f"{name} of the tail is on {found.device}, q on {q.device}: move it")
-
-
-def _check_name(option: str, value: Any, allowed: Iterable[str]) -> None:
-    names = tuple(allowed)
-    if value in names:
-        return
-    nearest = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{option}={value!r}: it must be one of {', '.join(map(repr, names))}{hint}")
 
 
 def _check_finite(**tensors: Tensor) -> None:
