@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,20 +312,12 @@ def _set(module: Any, processor: Any) -> None:
 
 def provenance(measurement: Measurement, how: str, seconds: float) -> dict[str, Any]:
     """The ``info`` of a plan: what it was measured with, how, and how long that took."""
-    import diffusers
-    import torch
-
-    import gen_accel
-
+    libraries = {name: sys.modules.get(name) for name in ("gen_accel", "torch", "diffusers")}
     return {
         "calibrated": how,
         "criterion": measurement.criterion,
         "order": measurement.order,
         "rows_per_block": measurement.rows_per_block,
         "seconds": round(seconds, 3),
-        "versions": {
-            "gen_accel": gen_accel.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": {name: lib.__version__ for name, lib in libraries.items() if lib is not None},
     }

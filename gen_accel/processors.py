@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -441,6 +442,8 @@ def _add_pipeline_method() -> None:
     This runs when a processor class is first imported from gen_accel, so that the line
     ``pipe.set_attn_processor(ParoProcessor())`` works on every stock pipeline.
     """
+    if importlib.util.find_spec("diffusers") is None:  # in ComfyUI
+        return
     from diffusers import DiffusionPipeline
 
     if hasattr(DiffusionPipeline, "set_attn_processor"):
