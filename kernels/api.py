@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import RULES, Blocks
 from gen_accel.kernels.carrier import Call
-from gen_accel.kernels.quant import PRECISIONS
+from gen_accel.kernels.quant import EMULATED, P_TILE, PRECISIONS
 from gen_accel.kernels.tail import Pooled, Rectified, Tail, block_scores, pool_keys, rectify
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ _CARRIERS = {
 }
 _AUTO = ("triton", "gather")  # what impl="auto" tries, best first
 _AUTO_ON_CPU = ("gather",)  # triton's interpreter is for tests
+_QUANTISED = ("triton",)  # multiply codes; the others multiply what the codes stand for, in fp32
 
 _DTYPE_OF = {
     "auto": None,
@@ -38,6 +39,7 @@ _DTYPE_OF = {
 }
 _PRECISIONS = (*_DTYPE_OF, *PRECISIONS)
 _TAILS = ("drop", "rectified", "joint")
+_FP16_MAX = torch.finfo(torch.float16).max
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,7 +86,8 @@ def block_sparse_attention(
         precision: ``"auto"`` (at least as exact as the inputs' dtype), or the dtype to compute in:
             ``"fp32"``, ``"bf16"``, ``"fp16"``; or how to quantise: ``"int8"`` (scores), and with
             the weights and values too ``"int8+fp8"``, ``"int8+int8"``, ``"int4"`` (scores in 4
-            bits, values in 8), ``"int4+int4"``; see `gen_accel.kernels.quant`. The result has the
+            bits, values in 8), ``"int4+int4"``; see `gen_accel.kernels.quant`. Carriers without
+            such kernels compute the same numbers slowly, and say so once. The result has the
             inputs' dtype in any case.
         tail: What stands in for the blocks that are not visible: None or ``"drop"``, nothing;
             ``"joint"``, their mean keys and values; ``"rectified"``, a ratio and a shift per query
@@ -92,7 +95,8 @@ def block_sparse_attention(
             keep text from being pooled.
         impl: ``"auto"``, or a carrier of `available`. A named carrier never falls back.
         return_lse: Also return the log-sum-exp.
-        check_finite: Raise when q, k or v hold a NaN or an infinity (one pass over them).
+        check_finite: Raise when q, k or v hold a NaN or an infinity (one pass over them, for
+            which a GPU has to be waited for).
 
     Returns:
         out ``[batch, q_tokens, heads, head_dim]``; with ``return_lse`` also the natural log-sum-exp
@@ -110,6 +114,8 @@ def block_sparse_attention(
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: it must be finite; None means head_dim ** -0.5")
     check_options(precision, impl)
+    if precision in PRECISIONS:
+        _check_quantised(precision, blocks, q, k, v)
     stand_in = _tail(tail, q, k, v, blocks, scale)
 
     options = (scale, precision, impl, return_lse, check_finite)
@@ -120,13 +126,28 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, *, impl: str = "auto") -> str:
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks | None,
+    *,
+    precision: str = "auto",
+    impl: str = "auto",
+) -> str:
     """Name of the carrier that `block_sparse_attention` runs these arguments on.
 
     Raises:
         ValueError: The named carrier cannot run this call.
     """
-    return _choose(Call(q, k, v, blocks, q.shape[3] ** -0.5), impl)
+    compute, quantised = _DTYPE_OF.get(precision), PRECISIONS.get(precision)
+    call = Call(q, k, v, blocks, q.shape[3] ** -0.5, compute, precision=quantised)
+    return _choose(call, impl)
+
+
+def emulates(name: str, precision: str) -> bool:
+    """Whether a carrier computes this precision in wider numbers: its accuracy, not its speed."""
+    return precision in PRECISIONS and name not in _QUANTISED
 
 
 def check_options(precision: str, impl: str, more: Iterable[str] = ()) -> None:
@@ -166,12 +187,17 @@ def _run(
     check_finite: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if check_finite:
-        _check_finite(q=q, k=k, v=v)
+        require_finite(q=q, k=k, v=v)
     compute, quantised = _DTYPE_OF.get(precision), PRECISIONS.get(precision)
+    if compute == torch.float16 != q.dtype:
+        # What is beyond its range would become infinite, and the output NaN.
+        q, k, v = (x.clamp(-_FP16_MAX, _FP16_MAX) for x in (q, k, v))
     call = Call(q, k, v, blocks, scale, compute, return_lse, tail, quantised)
     name = _choose(call, impl)
     if impl == "auto":
         _announce(name, q.device.type)
+    if emulates(name, precision):
+        _announce_emulation(name)
     return _carrier(name).run(call)
 
 
@@ -192,6 +218,11 @@ def _carrier(name: str) -> Any:
 @functools.cache
 def _announce(name: str, device: str) -> None:
     logger.info("block_sparse_attention runs on carrier %r on %s", name, device)
+
+
+@functools.cache
+def _announce_emulation(name: str) -> None:
+    logger.warning("quantised attention on carrier %r is %s", name, EMULATED)
 
 
 # ---- torch.compile: graphs carry tensors and numbers, so a Blocks travels in pieces --------------
@@ -360,11 +391,35 @@ def _check_tail(tail: Tail, q: Tensor, k: Tensor, blocks: Blocks) -> None:
             raise ValueError(f"{name} of the tail is on {found.device}, q on {q.device}: move it")
 
 
-def _check_finite(**tensors: Tensor) -> None:
+def _check_quantised(
+    precision: str, blocks: Blocks | None, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            f"precision={precision!r}: rounding has no gradient; call it under torch.no_grad(), "
+            "or use precision='auto'"
+        )
+    if blocks is None or PRECISIONS[precision].pv is None:
+        return
+    if P_TILE % blocks.block_kv and blocks.block_kv % P_TILE:
+        raise ValueError(
+            f"precision={precision!r} with block_kv={blocks.block_kv}: weights are rounded by "
+            f"tiles of {P_TILE} keys, so a block divides {P_TILE} or is a multiple of it; plan "
+            "with block=64 or 128, or use precision='int8'"
+        )
+
+
+def require_finite(where: str = "", **tensors: Tensor) -> None:
+    """Raise ValueError, naming the tensor, if one holds a NaN or an infinity.
+
+    Args:
+        where: What the message begins with, such as ``"layer 3: "``.
+        **tensors: By name.
+    """
     for name, x in tensors.items():
         bad = x.numel() - int(torch.isfinite(x).sum())
         if bad:
             raise ValueError(
-                f"{name} holds {bad} NaN or infinite values of {x.numel()}: attention would spread "
-                "them to every token; look for an overflow before this call"
+                f"{where}{name} holds {bad} NaN or infinite values of {x.numel()}: attention would "
+                "spread them to every token; look for an overflow before this call"
             )

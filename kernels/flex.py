@@ -1,6 +1,7 @@
 """FlexAttention as a carrier: compiled, never its uncompiled N x N form.
 
-The first call of each shape compiles for some seconds.
+The first call of each shape compiles for some seconds. Quantised scores are emulated; rounded
+weights cannot be, for FlexAttention rounds nothing between its two products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.quant import dequantise, shift_stand_ins
 from gen_accel.kernels.tail import Pooled, apply_tail
 
 _SHAPES = 64  # that one process may compile; torch's own limit of 8 is soon reached
@@ -53,8 +55,11 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """What FlexAttention cannot do."""
-    if call.precision is not None:
-        return "quantised calls: use impl='reference'"
+    if call.precision is not None and (call.precision.pv is not None or call.precision.smooth_q):
+        return (
+            "FlexAttention cannot round weights between its two products: use precision='int8', "
+            "or impl='gather'"
+        )
     dtype = call.compute or call.q.dtype
     if dtype == torch.float64:
         return "FlexAttention does not take fp64: use impl='gather'"
@@ -71,14 +76,21 @@ def limits(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
-    q, k, v = (x.transpose(1, 2).to(call.compute or x.dtype) for x in call[:3])
+    tail, shift = call.tail, 0.0
+    q, k, v = (x.to(call.compute or x.dtype) for x in call[:3])
+    if call.precision is not None:
+        q, k, v, _, shift, k_mean = dequantise(q, k, v, call.scale, call.precision)
+        if isinstance(tail, Pooled):
+            tail = shift_stand_ins(tail, k_mean)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if call.blocks is None else _block_mask(call.blocks)
     with torch._dynamo.config.patch(recompile_limit=_SHAPES):
         want_lse = call.return_lse or isinstance(call.tail, Pooled)
         out, lse = _compiled()(q, k, v, mask, call.scale, want_lse)
-    if call.tail is not None and call.blocks is not None:
-        out, lse = apply_tail(out.float(), lse, q, call.tail, call.blocks, call.scale)
-    return out.transpose(1, 2).to(call.q.dtype), lse if call.return_lse else None
+    if tail is not None and call.blocks is not None:
+        out, lse = apply_tail(out.float(), lse, q, tail, call.blocks, call.scale)
+    out = out.transpose(1, 2).to(call.q.dtype)
+    return out, lse + shift if call.return_lse and lse is not None else None
 
 
 @functools.cache

@@ -7,6 +7,9 @@ maximum and sum.
 
 Half precision on a CPU is computed in fp32 unless the machine multiplies it clearly faster (AMX,
 AVX512-BF16): that is measured once, and ``precision=`` overrules it.
+
+Quantised calls are emulated: the same numbers as `gen_accel.kernels.quant` defines, multiplied in
+fp32, which takes longer than not quantising.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.quant import (
+    P_LEVELS,
+    P_TILE,
+    dequantise,
+    round_weights,
+    shift_stand_ins,
+)
 from gen_accel.kernels.tail import Pooled, Rectified, apply_tail
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -43,9 +53,9 @@ def missing() -> str | None:
 
 
 def limits(call: Call) -> str | None:
-    """Only dense calls have a gradient."""
-    if call.precision is not None:
-        return "quantised calls: use impl='reference'"
+    """Only dense calls have a gradient, and weights are rounded by tiles only."""
+    if call.precision is not None and call.precision.p_scale != "tile":
+        return f"p_scale={call.precision.p_scale!r}: use impl='reference'"
     if not _is_dense(call) and torch.is_grad_enabled() and any(x.requires_grad for x in call[:3]):
         return (
             "q, k or v require a gradient, which this carrier does not have: "
@@ -56,6 +66,8 @@ def limits(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
+    if call.precision is not None:
+        return _emulate(call)
     rectified = isinstance(call.tail, Rectified)
     if call.blocks is not None and not rectified and _keeps_all(call.blocks):
         call = call._replace(blocks=None, tail=None)
@@ -66,29 +78,54 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
         return out.transpose(1, 2).to(call.q.dtype), None
+    out, lse = _attend(call._replace(q=q, k=k, v=v), dtype, q)
+    return out.to(call.q.dtype), None if lse is None else lse.float()
 
+
+def _emulate(call: Call) -> tuple[Tensor, Tensor | None]:
+    """A quantised call, with what its codes stand for."""
+    assert call.precision is not None
+    plain = dequantise(*call[:3], call.scale, call.precision)
+    tail = call.tail
+    if isinstance(tail, Pooled):
+        tail = shift_stand_ins(tail, plain.k_mean)
+    changed = call._replace(q=plain.q, k=plain.k, v=plain.v, tail=tail)
+    out, lse = _attend(changed, torch.float32, plain.queries, call.precision.pv)
+    return out.to(call.q.dtype), None if lse is None else lse + plain.shift
+
+
+def _attend(
+    call: Call, dtype: torch.dtype, queries: Tensor, rounding: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The call block by block.
+
+    Args:
+        call: The call.
+        dtype: To compute in.
+        queries: What stand-ins are scored with, ``[B, Sq, H, D]``.
+        rounding: Codes of the weights, see `round_weights`.
+    """
     blocks = _every_block(call) if call.blocks is None else call.blocks
-    batch, tokens, heads, dim = q.shape
-    q = _tile(q, blocks.block_q, dtype)
-    k, v = (_tile(x, blocks.block_kv, dtype) for x in (k, v))
+    batch, tokens, heads, _ = call.q.shape
+    q = _tile(call.q, blocks.block_q, dtype)
+    k, v = (_tile(x, blocks.block_kv, dtype) for x in (call.k, call.v))
     groups = list(_groups(blocks, batch, heads, _safe_heads(q, k, batch * heads, call.scale)))
     rows = np.concatenate([_NO_ROWS, *(group.rows.ravel() for group in groups)])
     # With the rows in the order in which they are computed, those of a chunk are a slice.
     order = torch.from_numpy(rows).to(q.device)
-    problem = _Problem(q.index_select(0, order), k, v, blocks, call.scale, heads)
+    problem = _Problem(q.index_select(0, order), k, v, blocks, call.scale, heads, rounding)
     problem.solve(groups)
-    out = torch.zeros_like(q).index_copy_(0, order, problem.out)
-    out = out.view(batch, heads, -1, dim)[:, :, :tokens]
+    out = q.new_zeros(*q.shape[:2], v.shape[2]).index_copy_(0, order, problem.out)
+    out = out.view(batch, heads, -1, v.shape[2])[:, :, :tokens]
     lse = None
     if call.return_lse or isinstance(call.tail, Pooled):
         lse = q.new_full(q.shape[:2], -torch.inf).index_copy_(0, order, problem.lse)
         lse = lse.view(batch, heads, -1)[..., :tokens]
     if call.tail is not None and call.blocks is not None:
-        queries = q.view(batch, heads, -1, dim)[:, :, :tokens]
-        out, lse = apply_tail(out, lse, queries, call.tail, blocks, call.scale)
-    if call.return_lse and lse is not None:
-        lse = lse.float().contiguous()
-    return out.transpose(1, 2).to(call.q.dtype), lse if call.return_lse else None
+        out, lse = apply_tail(out, lse, queries.transpose(1, 2), call.tail, blocks, call.scale)
+    if lse is not None:
+        lse = lse.contiguous()
+    return out.transpose(1, 2), lse if call.return_lse else None
 
 
 def _is_dense(call: Call) -> bool:
@@ -209,16 +246,25 @@ class _Problem:
     """Tiles ``[rows or columns, tokens, head_dim]`` and what is computed from them."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, heads: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        scale: float,
+        heads: int,
+        rounding: str | None,
     ) -> None:
         self.q, self.k, self.v = q, k, v
-        self.blocks, self.scale, self.heads = blocks, scale, heads
-        self.out = torch.empty_like(q)
+        self.blocks, self.scale, self.heads, self.rounding = blocks, scale, heads, rounding
+        self.out = q.new_empty(*q.shape[:2], v.shape[2])
         self.lse = q.new_empty(q.shape[:2])
 
     def solve(self, groups: list[_Group]) -> None:
         """Fill in ``out`` and ``lse``; the rows of the groups are those of ``q``, in turn."""
         attend = self._fused if self.q.dtype in _HALF else self._matmul
+        if self.rounding is not None:
+            attend = self._rounded
         start = 0
         for group in groups:
             for rows, columns in self._chunks(group):
@@ -254,19 +300,11 @@ class _Problem:
     def _matmul(
         self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group, out: Tensor, lse: Tensor
     ) -> None:
-        lists, length = columns.shape
-        span = max(1, self._columns_per_thread(group) * torch.get_num_threads() // lists)
         # torch's exp is MKL's: faster than exp2, but 50 times slower where the result underflows.
         base_e = group.safe and not group.partial
         scale = self.scale if base_e else self.scale * _LOG2_E
         total = peak = None
-        for start in range(0, length, span):
-            stop = min(start + span, length)
-            k, v = self._gather(columns[:, start:stop], group.ragged and stop == length)
-            s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
-            if start < group.partial:
-                hidden = self._hidden(rows, columns[:, start : min(stop, group.partial)])
-                s[..., : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
+        for s, v in self._spans(q, rows, columns, group, scale):
             if not group.safe:
                 highest = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)
                 if peak is not None and total is not None:
@@ -277,8 +315,8 @@ class _Problem:
                 s.sub_(highest)
                 peak = highest
             summed = (s.exp_() if base_e else s.exp2_()).sum(-1, keepdim=True)
+            torch.baddbmm(out, s, v, beta=int(total is not None), out=out)
             total = summed if total is None else total.add_(summed)
-            torch.baddbmm(out, s, v, beta=int(start > 0), out=out)
         assert total is not None
         torch.log2(total[..., 0], out=lse)
         if peak is not None:
@@ -287,10 +325,49 @@ class _Problem:
         # Rows of partial blocks can be empty; their 0 / 0 is 0.
         out.div_(total.clamp_min_(torch.finfo(q.dtype).tiny))
 
+    def _rounded(
+        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group, out: Tensor, lse: Tensor
+    ) -> None:
+        """Weights relative to the maximum of each tile, so visiting order has no say in them."""
+        kind, tile = self.rounding, min(P_TILE, self.blocks.block_kv)
+        assert kind is not None
+        total = q.new_zeros(*q.shape[:2], 1)
+        peak = torch.full_like(total, torch.finfo(q.dtype).min)
+        out.zero_()
+        for s, v in self._spans(q, rows, columns, group, self.scale):
+            keys = s.shape[2]
+            tiles = F.pad(s, (0, -keys % tile), value=-torch.inf).unflatten(2, (-1, tile))
+            top = tiles.amax(-1, keepdim=True)
+            tiles = torch.exp(tiles - top.masked_fill(top == -torch.inf, 0))
+            highest = torch.maximum(peak, top.amax(2))
+            fade = torch.exp(peak - highest)
+            share = torch.exp(top - highest[..., None]) / P_LEVELS[kind]
+            weights = (round_weights(tiles, kind) * share).flatten(2)[..., :keys]
+            total = total.mul_(fade).add_(weights.sum(-1, keepdim=True))
+            torch.baddbmm(out.mul_(fade), weights, v, out=out)
+            peak = highest
+        lse.copy_((total.log() + peak)[..., 0])
+        out.div_(total.clamp_min_(torch.finfo(q.dtype).tiny))
+
+    def _spans(
+        self, q: Tensor, rows: Tensor, columns: Tensor, group: _Group, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores ``[lists, queries, keys]`` and values of as many blocks as the budget takes."""
+        lists, length = columns.shape
+        span = max(1, self._columns_per_thread(group) * torch.get_num_threads() // lists)
+        for start in range(0, length, span):
+            stop = min(start + span, length)
+            k, v = self._gather(columns[:, start:stop], group.ragged and stop == length)
+            s = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
+            if start < group.partial:
+                hidden = self._hidden(rows, columns[:, start : min(stop, group.partial)])
+                s[..., : hidden.shape[2]].masked_fill_(hidden, -torch.inf)
+            yield s, v
+
     def _gather(self, columns: Tensor, ragged: bool) -> tuple[Tensor, Tensor]:
         """Keys and values ``[lists, tokens, head_dim]`` of the columns."""
-        index, shape = columns.flatten(), (len(columns), -1, self.q.shape[2])
-        k, v = (x.index_select(0, index).view(shape) for x in (self.k, self.v))
+        index, lists = columns.flatten(), len(columns)
+        k, v = (x.index_select(0, index).view(lists, -1, x.shape[2]) for x in (self.k, self.v))
         if ragged:
             padding = -self.blocks.kv_len % self.blocks.block_kv
             k, v = k[:, :-padding], v[:, :-padding]

@@ -196,6 +196,40 @@ def unpack(packed: Tensor) -> Tensor:
     return (both >> 4).flatten(-2)
 
 
+class Dequantised(NamedTuple):
+    """What the codes of a call stand for, in fp32: ordinary tensors with the same scores.
+
+    Attributes:
+        q: ``[B, Sq, H, D]``, or twice as many channels where queries are smoothed.
+        k: ``[B, Skv, H, D]``, channels as ``q``.
+        v: ``[B, Skv, H, D]``.
+        queries: ``[B, Sq, H, D]``, what stand-ins are scored with.
+        shift: What the log-sum-exp lacks, see `score_shift`.
+        k_mean: See `Quantised`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    queries: Tensor
+    shift: Tensor | float
+    k_mean: Tensor | None
+
+
+def dequantise(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: Precision) -> Dequantised:
+    """Tensors for carriers that do not multiply codes; arguments as `quantise`."""
+    codes = quantise(q, k, v, precision)
+    q_values, k_values, queries = codes.q.dequantise(), codes.k.dequantise(), codes.queries()
+    if codes.q_mean is not None:
+        # (q - mean) . codes of k + mean . k: the second product's keys are not rounded.
+        smooth = k.float() if codes.k_mean is None else k - codes.k_mean.transpose(1, 2)
+        q_values = torch.cat([q_values, queries - q_values], -1)
+        k_values = torch.cat([k_values, smooth], -1)
+    values = v.float() if codes.v is None else codes.v.dequantise()
+    shift = score_shift(q, codes.k_mean, scale)
+    return Dequantised(q_values, k_values, values, queries, shift, codes.k_mean)
+
+
 def score_shift(q: Tensor, k_mean: Tensor | None, scale: float) -> Tensor | float:
     """What smoothing the keys took from every score of a query, fp32 ``[B, H, Sq]``.
 

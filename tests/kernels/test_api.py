@@ -211,3 +211,16 @@ def test_rules_are_told_apart():
     a = Case("", every, 128, 128, partial=every, mask_mod=causal).blocks()
     b = Case("", every, 128, 128, partial=every, mask_mod=banded).blocks()
     assert a.rule != b.rule and blocks().rule == 0
+
+
+def test_emulation_is_announced_once(caplog):
+    api._announce_emulation.cache_clear()
+    q, k, v = tensors()
+    with caplog.at_level(logging.WARNING):
+        for precision in ("int8", "int8+int8", "int8"):
+            block_sparse_attention(q, k, v, blocks(), precision=precision)
+    assert [r.getMessage() for r in caplog.records] == [
+        "quantised attention on carrier 'gather' is emulated: accuracy only, no speed"
+    ]
+    assert api.emulates("gather", "int8") and not api.emulates("gather", "bf16")
+    assert api.choose(q, k, v, None, precision="int8") == "gather"

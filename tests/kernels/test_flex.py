@@ -51,6 +51,27 @@ def test_half_precision():
 
 
 @needs_compiler
+def test_emulates_quantised_scores():
+    case = NAMED["odd length"]
+    q, k, v = case.tensors()
+    run = lambda impl: block_sparse_attention(  # noqa: E731
+        q, k, v, case.blocks(), precision="int8", impl=impl
+    )
+    torch.testing.assert_close(run("flex"), run("reference"), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_fp16_scores_beyond_its_range():
+    case = NAMED["batch 2, lists per sample and head"]
+    q, k, v = (100 * x for x in case.tensors())
+    for precision in ("auto", "int8"):
+        out = block_sparse_attention(
+            q.half(), k.half(), v.half(), case.blocks(), precision=precision, impl="flex"
+        )
+        assert out.isfinite().all()
+
+
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["head_dim 96", "blocks of 32 x 128", "few queries, many keys", "only partial, ragged"]
@@ -76,6 +97,8 @@ def test_limits_name_the_way_out():
         block_sparse_attention(q, k, v, case.blocks(), impl="flex", return_lse=True)
     with pytest.raises(ValueError, match="does not take fp64"):
         block_sparse_attention(q.double(), k.double(), v.double(), impl="flex")
+    with pytest.raises(ValueError, match=r"cannot round weights.*use precision='int8', or impl="):
+        block_sparse_attention(q, k, v, case.blocks(), impl="flex", precision="int8+int8")
     with pytest.raises(ValueError, match="no gradient on a CPU"):
         block_sparse_attention(q.requires_grad_(), k, v, impl="flex")
 

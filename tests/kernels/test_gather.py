@@ -1,10 +1,22 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gen_accel.kernels import gather
 from gen_accel.kernels.api import block_sparse_attention
-from helpers.attention_cases import CASES, Case, every, expected, keep_all, tolerance, unbalanced
+from gen_accel.kernels.quant import PRECISIONS
+from helpers.attention_cases import (
+    CASES,
+    Case,
+    every,
+    expected,
+    keep_all,
+    random,
+    tolerance,
+    unbalanced,
+)
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
@@ -176,3 +188,61 @@ def test_needs_no_grad():
         assert not attend(case, q, k, v).requires_grad
     block_sparse_attention(q, k, v).sum().backward()  # dense calls have one
     assert q.grad is not None
+
+
+@pytest.mark.parametrize("tail", [None, "joint", "rectified"])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_emulates_the_reference(name, tail, poison):
+    """Where a weight lies between two codes, fp32 rounding decides; that is rare and small."""
+    unalike = total = 0
+    for case in CASES:
+        if tail is not None and case.partial is not None:
+            continue
+        call = partial(
+            block_sparse_attention, *case.tensors(), case.blocks(), tail=tail, precision=name
+        )
+        (out, lse), (right, right_lse) = (
+            call(impl=impl, return_lse=True) for impl in ("gather", "reference")
+        )
+        assert torch.equal(torch.isfinite(lse), torch.isfinite(right_lse)), case.name
+        assert (out - right).norm() <= 2e-3 * right.norm(), case.name
+        apart = (out - right).abs() > 2e-5 * right.abs().max()
+        unalike, total = unalike + int(apart.sum()), total + apart.numel()
+    assert unalike <= (0 if PRECISIONS[name].pv is None else 0.02 * total)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4+int4"])
+def test_emulation_in_many_spans(name, monkeypatch):
+    case = next(case for case in CASES if case.name == "unbalanced heads")
+    q, k, v = case.tensors()
+    once = attend(case, q, k, v, precision=name)
+    monkeypatch.setattr(gather, "_NUMBERS_PER_THREAD", 2**13)
+    torch.testing.assert_close(attend(case, q, k, v, precision=name), once, rtol=0, atol=2e-3)
+
+
+def test_quantised_calls_name_their_limits():
+    q, k, v = (torch.randn(1, 96, 2, 16) for _ in range(3))
+    blocks = Case("odd blocks", every, 96, 96, block=(48, 48)).blocks()
+    assert block_sparse_attention(q, k, v, blocks, precision="int8").isfinite().all()
+    with pytest.raises(ValueError, match=r"'int8\+fp8' with block_kv=48: .* precision='int8'"):
+        block_sparse_attention(q, k, v, blocks, precision="int8+fp8")
+    with pytest.raises(ValueError, match=r"no gradient; call it under torch.no_grad\(\)"):
+        block_sparse_attention(q.requires_grad_(), k, v, precision="int8", impl="reference")
+
+
+@pytest.mark.parametrize("impl", ["gather", "reference"])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("tail", [None, "joint", "rectified"])
+@pytest.mark.parametrize("pays", [True, False])
+def test_fp16_scores_beyond_its_range(impl, listed, tail, pays, monkeypatch):
+    monkeypatch.setattr(gather, "_half_pays", lambda dtype: pays)
+    case = Case("loud", random(1, 3, 0.5), loud=400.0)
+    q, k, v = case.tensors(torch.float16)
+    blocks = case.blocks() if listed else None
+    assert (case.scale * q[:, 0, 0].float() @ k[0, :, 0].float().mT).abs().max() > 65504
+    for precision in ("auto", "fp16", *PRECISIONS):
+        out = block_sparse_attention(q, k, v, blocks, tail=tail, precision=precision, impl=impl)
+        assert out.isfinite().all(), precision
+    # Inputs that fp16 has no numbers for are as large as it has.
+    out = block_sparse_attention(q.float() * 1e6, k.float(), v.float(), precision="fp16", impl=impl)
+    assert out.isfinite().all()
