@@ -111,3 +111,73 @@ def _runs(curve: Sequence[float | None]) -> list[list[tuple[int, float]]]:
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points of several series, and a line among them.
+
+    Attributes:
+        series: Name -> its points ``(x, y)``.
+        caption: Below the chart.
+        x: Name of the horizontal axis.
+        y: Name of the vertical axis, with its unit.
+        line: A line through these.
+        log: Both axes are logarithmic.
+    """
+
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    caption: str
+    x: str = ""
+    y: str = ""
+    line: Sequence[tuple[float, float]] = ()
+    log: bool = True
+
+    def svg(self) -> str:
+        """The chart as a file of its own: names stand beside the points.
+
+        Raises:
+            ValueError: There is no point, or one is not positive on a logarithmic axis.
+        """
+        points = [p for own in self.series.values() for p in own]
+        everything = [*points, *self.line]
+        if not points:
+            raise ValueError(f"plot {self.caption!r}: no point to draw")
+        if self.log and min(min(p) for p in everything) <= 0:
+            raise ValueError(f"plot {self.caption!r}: a logarithmic axis takes positive numbers")
+        scale = math.log10 if self.log else float
+        axes = []
+        for values in zip(*everything):
+            placed = [scale(v) for v in values]
+            pad = 0.06 * (max(placed) - min(placed)) or 0.5
+            axes.append((min(placed) - pad, max(placed) + pad))
+        wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+
+        def at(x: float, y: float) -> tuple[float, float]:
+            (x0, x1), (y0, y1) = axes
+            across, up = (scale(x) - x0) / (x1 - x0), (scale(y) - y0) / (y1 - y0)
+            return _LEFT + wide * across, _TOP + tall * (1 - up)
+
+        parts = ["<style>text{font:11px sans-serif;fill:#777}</style>"]
+        for low, high, across in ((*axes[0], True), (*axes[1], False)):
+            for tick in _ticks(low, high)[1:-1]:
+                value = 10**tick if self.log else tick
+                x, y = at(value, 1.0) if across else at(1.0, value)
+                place = (x, _HEIGHT - 18, "middle") if across else (_LEFT - 8, y + 4, "end")
+                parts.append(_text(place[0], place[1], f"{value:.3g}", place[2]))
+        if self.line:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in self.line))
+            parts.append(f'<polyline fill="none" stroke="#999" points="{path}"/>')
+        for (name, own), colour in zip(self.series.items(), _palette(len(self.series))):
+            for point in own:
+                x, y = at(*point)
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+                left = x < _WIDTH / 2
+                parts.append(
+                    _text(x + (8 if left else -8), y + 4, name, "start" if left else "end")
+                )
+        parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 4, self.x, "end"))
+        parts.append(_text(_LEFT, 10, self.y, "start"))
+        label = html.escape(self.caption, quote=True)
+        head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
+        return f'<svg {head} role="img" aria-label="{label}">{"".join(parts)}</svg>\n'

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gen_accel.cli import bench_e2e
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from gen_accel.kernels.blocks import Blocks
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_DEFAULTS = {"densities": (0.25, 0.125), "suite": "hopper", "limit": 420, "piece_limit": 40}
 _SDPA = "SDPA"
 _FLEX = "FlexAttention"
 
@@ -49,10 +52,11 @@ def add_parser(subparsers: Any) -> None:
             "tune",
             "damage",
             "metrics",
+            "e2e",
         ),
         help="an attention call, GNA's windows, blocks chosen in the call, what tails mend, whole "
         "clips by mixture, calls of real models on a GPU, tile sizes of the Triton kernel, which "
-        "metric sees which damage, their cost",
+        "metric sees which damage, their cost, steps of whole transformers",
     )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
@@ -64,7 +68,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--head-dims", type=_list(_positive), default=(64, 128), metavar="D,D")
     parser.add_argument("--dtypes", type=_list(_dtype), default=("fp32", "bf16"), metavar="T,T")
     parser.add_argument(
-        "--densities", type=_list(_density), default=(0.25, 0.125), metavar="X,X", help="kept share"
+        "--densities",
+        "--density",
+        type=_list(_density),
+        metavar="X,X",
+        help="kept share (0.25,0.125; e2e: the suite's)",
     )
     parser.add_argument("--block", type=_positive, default=128, help="tokens per block")
     parser.add_argument("--repeats", type=_positive, default=15, help="rounds that are timed")
@@ -72,10 +80,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="seed of tensors and masks")
     parser.add_argument("--out", help="append the results to this JSON-lines file")
-    group = parser.add_argument_group("kernel, tune", "Calls of real models on a GPU.")
-    group.add_argument("--suite", default="hopper", help="hopper, or smoke: tiny, on the CPU")
-    group.add_argument("--limit", type=float, default=420, help="seconds for all pieces")
-    group.add_argument("--piece-limit", type=float, default=40, help="seconds for one piece")
+    group = parser.add_argument_group("kernel, tune, e2e", "What is cut into pieces.")
+    group.add_argument(
+        "--suite", help="kernel, tune: hopper, or smoke: tiny, on the CPU; e2e: h200, cpu, smoke"
+    )
+    group.add_argument("--limit", type=float, help="seconds for all pieces (420; e2e: the suite's)")
+    group.add_argument("--piece-limit", type=float, help="seconds for one piece (40; e2e: 240)")
     group.add_argument("--again", action="store_true", help="also what the file already holds")
     group.add_argument("--table", help="write the results as this Markdown page (tails too)")
     group.add_argument("--plot", help="write the rates (errors of tails) as this SVG")
@@ -83,15 +93,22 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--clips", type=_positive, default=24, help="how many")
     group.add_argument("--frames", type=_positive, default=17, help="of each")
     group.add_argument("--size", type=_positive, default=64, help="of a frame's side, in pixels")
-    group.add_argument("--docs", help="put the table of damage between the marks in this page")
+    group.add_argument(
+        "--docs", help="put the table of damage, or of e2e, between the marks in this page"
+    )
     group = parser.add_argument_group("tails, mixtures", "Runs of a trained toy model.")
-    group.add_argument("--model", default="hunyuan-video", help="which toy")
+    group.add_argument("--model", default="hunyuan-video", help="which toy; e2e: which model")
     group.add_argument("--folder", help="where it is, when not in models/")
     group.add_argument("--prompts", type=_positive, default=4, help="captions on either side")
+    bench_e2e.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table for each head size and dtype; 1 when a result was wrong."""
+    if args.what != "e2e":
+        for name, value in _DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     if args.what in ("kernel", "tune"):  # these run where only torch and triton are installed
         return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
     import torch
@@ -113,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.what in ("damage", "metrics"):
             return getattr(bench_damage, args.what)(args)
-        if args.what in ("tails", "mixtures"):
+        if args.what in ("tails", "mixtures", "e2e"):
             return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
         good = True
         for dim in args.head_dims:
