@@ -41,7 +41,10 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'gen_accel' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    module = importlib.import_module(_EXPORTS[name])
+    value = getattr(module, name)
+    if name.endswith("Processor"):
+        module.add_pipeline_method()
     globals()[name] = value
     return value
 

@@ -436,7 +436,7 @@ def _check_block(block: int | None) -> None:
         )
 
 
-def _add_pipeline_method() -> None:
+def add_pipeline_method() -> None:
     """Give `DiffusionPipeline` a ``set_attn_processor``, unless diffusers has grown one.
 
     This runs when a processor class is first imported from gen_accel, so that the line
@@ -457,5 +457,3 @@ def _add_pipeline_method() -> None:
 
     DiffusionPipeline.set_attn_processor = set_attn_processor  # type: ignore[attr-defined]
 
-
-_add_pipeline_method()
