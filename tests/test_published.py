@@ -55,7 +55,7 @@ def test_matrix_work_is_that_of_the_modules():
     def count(module, args, out):
         seen[0] += 2.0 * args[0].numel() * module.out_features
 
-    for name, module in transformer.blocks.named_modules():
+    for module in transformer.blocks.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
     inputs = model.inputs(grid, "cpu", torch.float32)

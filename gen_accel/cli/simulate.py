@@ -1,4 +1,4 @@
-"""``gen-accel simulate``: what a GNA window costs, and which windows are worth their density."""
+"""``gen-accel simulate``: what a GNA window costs, and what a whole run of a model will take."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from gen_accel.cli.options import UsageError
 if TYPE_CHECKING:
     from gen_accel.simulate import Simulation
 
-_DESCRIPTION = """Counts the key tiles that a window visits and the speed-up they allow. Sizes are
-written AxBxC, slowest axis first, for grids of one to three axes; one number holds for all axes,
-and "full" as a window leaves an axis unrestricted."""
+_DESCRIPTION = """window (default): counts the key tiles that a window visits and the speed-up they
+allow. Sizes are written AxBxC, slowest axis first, for grids of one to three axes; one number holds
+for all axes, and "full" as a window leaves an axis unrestricted. e2e: seconds of a whole run of a
+published model, from counted work and the rates of a device."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Register the sub-command."""
     parser = subparsers.add_parser(
-        "simulate", help="speed bounds of a sliding window", description=_DESCRIPTION
+        "simulate",
+        help="speed bounds of a sliding window; e2e: a forecast for a whole run",
+        description=_DESCRIPTION,
     )
     add = parser.add_argument
-    add("--grid", required=True, metavar="FxHxW", help="video tokens after patchify")
+    add("what", nargs="?", default="window", choices=("window", "e2e"))
+    add("--grid", metavar="FxHxW", help="video tokens after patchify")
     add("--window", metavar="FxHxW", help="keys each query sees along each axis")
     add("--stride", default="1", metavar="FxHxW", help="queries that share a window (default 1)")
     add(
@@ -40,18 +44,31 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="snap is not GNA: windows keep to key tile edges at ragged borders")  # fmt: skip
     add("--attention-share", type=float, metavar="SHARE",
         help="share of the dense run that is attention, for the end-to-end bound")  # fmt: skip
-    add("--dense-steps", default="0/1", metavar="K/N", help="K of N denoising steps stay dense")
+    add("--dense-steps", metavar="K/N",
+        help="K of N denoising steps stay dense (0/1; e2e: a fifth of the model's)")  # fmt: skip
     add("--sweep", action="store_true", help="list the best windows for --density")
     add("--density", type=float, default=0.25, help="share of visible keys (default 0.25)")
     add("--count", type=int, default=10, help="rows of the sweep (default 10)")
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     add("--plot", type=Path, metavar="FILE", help="draw density against bound (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON line per setting")
+    add = parser.add_argument_group("e2e").add_argument
+    add("--model", default="hunyuan-video", help="as of bench e2e (hunyuan-video)")
+    add("--height", type=int, help="pixels (as published)")
+    add("--width", type=int, help="pixels (as published)")
+    add("--num-frames", type=int, help="frames (as published)")
+    add("--device", default="h200", help="whose rates are assumed (h200)")
+    add("--rates", type=Path, metavar="FILE", help="rows of bench e2e or bench kernel instead")
+    add("--case", help="of FILE: the case whose rates count (all)")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one setting, or the sweep."""
+    """Print one setting, or the sweep; or a forecast."""
+    if args.what == "e2e":
+        return _forecast(args)
+    if args.grid is None:
+        raise UsageError("--grid is missing: video tokens after patchify, as 30x48x80")
     from gen_accel.select.suggest import fitting_tile
     from gen_accel.select.window import Window
     from gen_accel.simulate import simulate, sweep
@@ -90,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             window = replace(window, snap=tile_kv or tile_q)
         found = [simulate(window, tile_q, tile_kv)]
 
-    sparse_share = 1 - _fraction("--dense-steps", args.dense_steps)
+    sparse_share = 1 - _fraction("--dense-steps", args.dense_steps or "0/1")
     rows = [_row(simulation, args.attention_share, sparse_share) for simulation in found]
     if args.csv is not None:
         with args.csv.open("w", newline="") as file:
@@ -103,6 +120,43 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(json.dumps(row) for row in rows))
     else:
         print(_table(rows) if args.sweep else _report(rows[0]))
+    return 0
+
+
+def _forecast(args: argparse.Namespace) -> int:
+    """Print seconds by part, and of the run."""
+    from dataclasses import asdict
+
+    from gen_accel.eval.harness import read_rows
+    from gen_accel.forecast import ASSUMED, describe, forecast, read_rates
+    from gen_accel.published import published
+
+    model = published(args.model)
+    height, width, frames = (
+        asked or usual
+        for asked, usual in zip((args.height, args.width, args.num_frames), model.size)
+    )
+    grid = model.grid(height, width, frames)
+    if args.rates is None and args.device not in ASSUMED:
+        raise UsageError(f"--device {args.device}: rates are known of {', '.join(ASSUMED)}; "
+                         "or give --rates FILE")  # fmt: skip
+    if args.rates is None:
+        rates = ASSUMED[args.device]
+    else:
+        rows = [r for r in read_rows(args.rates) if args.case in (None, r["config"].get("case"))]
+        rates = read_rates(rows)
+    steps, dense = model.steps, math.ceil(0.2 * model.steps)
+    if args.dense_steps is not None:
+        _fraction("--dense-steps", args.dense_steps)
+        dense, steps = map(int, args.dense_steps.split("/"))
+    found = forecast(model, grid, args.density, rates)
+    if args.json:
+        run = found.run(steps, dense, model.forwards)
+        print(json.dumps({"model": model.name, "grid": list(grid), "density": args.density,
+                          "steps": steps, "dense_steps": dense, "forwards": model.forwards,
+                          **asdict(found), "run_s": run, "rates": rates.source}))  # fmt: skip
+    else:
+        print(describe(model, grid, args.density, steps, dense, rates))
     return 0
 
 

@@ -105,3 +105,29 @@ def test_illegal_settings_name_the_nearest_legal_one():
 def test_torch_is_not_needed():
     code = "import gen_accel.simulate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_forecast_of_a_whole_run(capsys):
+    assert command("e2e --model wan2.1-14b --density 0.2 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["grid"] == [21, 45, 80] and (found["steps"], found["dense_steps"]) == (50, 10)
+    dense = found["linear"] + found["elementwise"] + found["attention"]
+    sparse = found["linear"] + found["elementwise"] + found["sparse"]
+    assert found["run_s"] == pytest.approx(2 * (10 * dense + 40 * sparse))
+    assert command("e2e --model flux-dev --height 1024 --width 1024") == 0
+    text = capsys.readouterr().out
+    assert "grid 1x64x64, 4,608 tokens" in text and "assumed" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--device abacus", "--device abacus: rates are known of h200"),
+        ("--model wan", "choose from hunyuan-video"),
+        ("--dense-steps 7", "write K/N"),
+        ("--height 721", "takes multiples of 16"),
+    ],
+)
+def test_a_forecast_refuses(words, message):
+    with pytest.raises((UsageError, ValueError), match=message):
+        command(f"e2e {words}")
