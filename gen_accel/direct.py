@@ -43,8 +43,10 @@ class DirectCalls:
             planner=self._planner,
             tail=policy.tail_setting(),
             precision=policy.precision,
+            preferred=policy.preferred,
             impl=policy.impl,
             dense=policy.dense,
+            check_finite=policy.check_finite,
         )
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 

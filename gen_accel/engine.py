@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import dense, natten
-from gen_accel.kernels.api import block_sparse_attention, choose
+from gen_accel.kernels.api import block_sparse_attention, choose, emulates, require_finite
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.tail import Tail
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.planner.base import Planned, Planner, Windowed
+from gen_accel.precision import EXACT, HeadPrecisions, split_heads
 from gen_accel.schedule import Schedule
 from gen_accel.tail import TailSetting
 
@@ -27,6 +29,7 @@ log = logging.getLogger("gen_accel")
 LayoutOf = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], TokenLayout]
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -41,6 +44,10 @@ class RunStats:
             ``"order"`` (with its inverse), ``"plan"``, ``"tail"`` and ``"kernel"``.
             Without ``profile=True`` only CPU calls are timed: a GPU would have to be synchronised.
         carrier: Implementation that ran the sparse calls, or "".
+        precision: Precision -> number of sparse calls in it. A call whose heads have several counts
+            in each.
+        emulated: Whether quantised calls were computed in wider numbers: their accuracy, not their
+            speed.
     """
 
     sparse: int = 0
@@ -48,6 +55,8 @@ class RunStats:
     density: dict[tuple[int | None, int], float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     carrier: str = ""
+    precision: dict[str, int] = field(default_factory=dict)
+    emulated: bool = False
 
     @property
     def mean_density(self) -> float:
@@ -66,9 +75,12 @@ class Engine:
         layout_of: Family's layout function.
         scheduler: Returns the pipeline's scheduler, or None for a bare transformer.
         tail: What stands in for hidden blocks.
-        precision: Numbers the carrier computes in.
+        precision: Numbers the carrier computes in; ``"auto"``: what the plan says, else
+            ``preferred``.
+        preferred: Precision to take where a kernel for it runs, and the model's otherwise.
         impl: Carrier.
         dense: What computes the dense calls, see `gen_accel.dense`.
+        check_finite: Raise when a call's q, k or v hold a NaN or an infinity.
         profile: Synchronise the device around calls so that `RunStats.seconds` holds on GPUs.
     """
 
@@ -83,8 +95,10 @@ class Engine:
         scheduler: Callable[[], Any] | None = None,
         tail: TailSetting | None = None,
         precision: str = "auto",
+        preferred: str = "auto",
         impl: str = "auto",
         dense: str = "stock",
+        check_finite: bool = False,
         profile: bool = False,
     ) -> None:
         self.name = name
@@ -93,8 +107,10 @@ class Engine:
         self.planner = planner
         self.tail = tail or TailSetting()
         self.precision = precision
+        self.preferred = preferred
         self.impl = impl
         self.dense = dense
+        self.check_finite = check_finite
         self.profile = profile
         self.context = ForwardContext()
         self._stats = RunStats()
@@ -186,6 +202,8 @@ class Engine:
             number = torch.as_tensor(layer)
             return _attend_op(q, k, v, mask, number, self._number, name, start, stop)
         layer = int(layer)
+        if self.check_finite:
+            require_finite(f"{self.name}, layer {layer}: ", q=q, k=k, v=v)
         layout, reason = self.context.layout, self._reason
         if layout is not None and layout.tokens != q.shape[1]:
             layout, reason = None, f"{q.shape[1]} tokens do not match the token grid"
@@ -261,7 +279,7 @@ class Engine:
         layout: TokenLayout,
         text: int,
     ) -> Tensor:
-        order, blocks, pooled, real = planned
+        order, blocks, pooled, real, precision = planned
         with self._clock("order", q):
             q, k, v = (order.reorder(x, layout) for x in (q, k, v))
         # Behind the video (and its padding places) stand the text tokens that are attended to.
@@ -272,16 +290,47 @@ class Engine:
             with self._clock("plan", q):
                 blocks, scores = blocks(q, k)
         self._note_density(layer, blocks)
-        if not self._stats.carrier:
-            self._stats.carrier = choose(q, k, v, blocks, impl=self.impl)
         with self._clock("tail", q):
             tail = self.tail.make(q, k, v, blocks, pooled=pooled, real=real, scores=scores)
         with self._clock("kernel", q):
-            out = block_sparse_attention(
-                q, k, v, blocks, tail=tail, precision=self.precision, impl=self.impl
-            )
+            out = self._kernel(q, k, v, blocks, tail, precision)
         with self._clock("order", q):
             return order.restore(out, layout)
+
+    def _kernel(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        tail: Tail | None,
+        planned: HeadPrecisions | None,
+    ) -> Tensor:
+        """The carrier, once for each precision that heads have."""
+        precision, groups = self.precision, {}
+        if precision == "auto" and planned is not None:
+            groups = planned.groups()
+        elif precision == "auto" and self.preferred != EXACT and q.dtype in _HALF:
+            carrier = choose(q, k, v, blocks, tail, precision=self.preferred, impl=self.impl)
+            precision = EXACT if emulates(carrier, self.preferred) else self.preferred
+        if len(groups) < 2:
+            return self._run(next(iter(groups), precision), q, k, v, blocks, tail)
+        out = torch.empty_like(q)
+        for name, heads in groups.items():
+            out[:, :, heads] = self._run(name, *split_heads(q, k, v, blocks, tail, heads))
+        return out
+
+    def _run(
+        self, precision: str, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, tail: Tail | None
+    ) -> Tensor:
+        stats, options = self._stats, {"precision": precision, "impl": self.impl}
+        if precision not in stats.precision:
+            carrier = choose(q, k, v, blocks, tail, **options)
+            stats.emulated |= emulates(carrier, precision)
+            known = stats.carrier.split("+") if stats.carrier else []
+            stats.carrier = "+".join(dict.fromkeys([*known, carrier]))
+        stats.precision[precision] = stats.precision.get(precision, 0) + 1
+        return block_sparse_attention(q, k, v, blocks, tail=tail, **options)
 
     # -- book-keeping --------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from gen_accel.engine import Engine, RunStats
 from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
 from gen_accel.hoist import Hoist, hoist_order
+from gen_accel.kernels.quant import EMULATED, PRECISIONS
 from gen_accel.plan import AttentionPlan, PlanError
 from gen_accel.planner.base import Planner
 from gen_accel.planner.calibrated import CalibratedPlanner
@@ -162,7 +163,7 @@ class Handle:
             if stats.sparse:
                 lines.append(
                     f"  sparse: {stats.sparse} calls, density {stats.mean_density:.3f}, "
-                    f"carrier {stats.carrier}"
+                    f"carrier {stats.carrier}{_precisions(stats)}"
                 )
         with contextlib.suppress(PlanError):
             if self.plan is not None:
@@ -233,8 +234,10 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
             scheduler=scheduler,
             tail=processor.tail_setting(),
             precision=processor.precision,
+            preferred=processor.preferred,
             impl=processor.impl,
             dense=processor.dense,
+            check_finite=processor.check_finite,
             profile=profile,
         )
         components.append(Component(name, transformer, family, model, planner, engine, taken, left))
@@ -308,6 +311,14 @@ def _set(module: Any, processor: Any) -> None:
         module.set_processor(processor)
     else:
         module.processor = processor
+
+
+def _precisions(stats: RunStats) -> str:
+    """What was quantised, for a line of a summary; "" when nothing was."""
+    if not any(name in PRECISIONS for name in stats.precision):
+        return ""
+    named = ", ".join(f"{name} x {calls}" for name, calls in stats.precision.items())
+    return f", precision {named}" + (f" ({EMULATED})" if stats.emulated else "")
 
 
 def provenance(measurement: Measurement, how: str, seconds: float) -> dict[str, Any]:

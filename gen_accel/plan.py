@@ -19,9 +19,10 @@ from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.order.axis import AXIS_ORDERS, AxisOrder, axis_order
 from gen_accel.order.curve import CurveOrder
+from gen_accel.precision import HeadPrecisions
 
 FORMAT = "gen_accel.plan"
-VERSION = 2  # 1: axis orders only, which is still written where it is enough
+VERSION = 3  # 1: axis orders only; 2: curves; 3: precisions. Written: the oldest that is enough
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
@@ -42,11 +43,13 @@ class LayerPlan:
         orders: Axis order of each head, or the curve they share.
         masks: bool ``[groups, heads, n, n]`` on the CPU, ``n`` whole video blocks.
         mass_kept: Softmax mass the kept blocks hold, one number per step group, 0..1.
+        precision: Of each head, or None: the processor says.
     """
 
     orders: AxisOrder | CurveOrder
     masks: Tensor
     mass_kept: tuple[float, ...]
+    precision: HeadPrecisions | None = None
 
     @property
     def order_names(self) -> list[str]:
@@ -60,7 +63,8 @@ class LayerPlan:
         orders = self.orders
         if isinstance(orders, AxisOrder):
             orders = AxisOrder(orders.heads[heads])
-        return LayerPlan(orders, self.masks[:, heads], self.mass_kept)
+        precision = None if self.precision is None else self.precision.heads(heads)
+        return LayerPlan(orders, self.masks[:, heads], self.mass_kept, precision)
 
     def blocks(
         self, group: int, layout: TokenLayout, block: int, device: torch.device, text: int
@@ -187,17 +191,11 @@ class AttentionPlan:
             parts[name] = {
                 "model": component.model,
                 "sigmas": list(component.sigmas),
-                "layers": {
-                    str(layer): {
-                        "shape": list(component.layers[layer].masks.shape),
-                        "mass_kept": list(component.layers[layer].mass_kept),
-                    }
-                    for layer in layers
-                },
+                "layers": {str(layer): _entry(component.layers[layer]) for layer in layers},
             }
         header: dict[str, Any] = {
             "format": FORMAT,
-            "version": 1 if self.order == "axis" else VERSION,
+            "version": self._version(),
             "grid": list(self.grid),
             "block": self.block,
             "density": self.density,
@@ -218,6 +216,12 @@ class AttentionPlan:
                 os.unlink(file.name)
                 raise
         return path
+
+    def _version(self) -> int:
+        layers = [plan for c in self.components.values() for plan in c.layers.values()]
+        if any(plan.precision is not None for plan in layers):
+            return 3
+        return 1 if self.order == "axis" else 2
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionPlan:
@@ -275,9 +279,22 @@ class AttentionPlan:
                     tensors[f"{name}.{layer}.masks"], count=groups * heads * rows * cols
                 )
                 masks = torch.from_numpy(bits.astype(bool)).view(groups, heads, rows, cols)
-                component.layers[int(layer)] = LayerPlan(orders, masks, tuple(entry["mass_kept"]))
+                precision = None
+                if "precision" in entry:
+                    precision = HeadPrecisions(tuple(entry["precision"]))
+                    if len(precision.names) != heads:
+                        raise ValueError(f"layer {layer} of {name} has {heads} heads")
+                component.layers[int(layer)] = LayerPlan(
+                    orders, masks, tuple(entry["mass_kept"]), precision
+                )
             components[name] = component
         return cls(grid, block, float(header["density"]), components, header["info"])
+
+
+def _entry(plan: LayerPlan) -> dict[str, Any]:
+    """What the header says of a layer."""
+    entry = {"shape": list(plan.masks.shape), "mass_kept": list(plan.mass_kept)}
+    return entry if plan.precision is None else {**entry, "precision": list(plan.precision.names)}
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:

@@ -38,14 +38,17 @@ class Policy:
         dense_last_steps: Last share of the steps that stays dense.
         dense_layers: Layers that stay dense; negative indices count from the last.
         min_tokens: Shorter sequences stay dense.
-        precision: Numbers the carrier computes in: ``"auto"`` (the model's), ``"fp32"``,
-            ``"bf16"``, ``"fp16"``.
+        precision: Numbers the carrier computes in: ``"auto"``, ``"fp32"``, ``"bf16"``, ``"fp16"``,
+            or quantised: ``"int8"``, ``"int8+fp8"``, ``"int8+int8"``, ``"int4"``, ``"int4+int4"``
+            (docs/precision.md). ``"auto"`` is what the plan says, or the model's dtype.
         tail: What stands in for the blocks that were dropped: ``"drop"`` (nothing),
             ``"rectified"``, ``"rectified+gapr"``, ``"joint"``, ``"joint/4"`` (four
             stand-ins per block), ``"joint+variance"``, or a `gen_accel.tail.TailSetting`.
         impl: Carrier; ``"auto"`` picks the fastest that runs here.
         dense: What computes the dense steps and layers: ``"stock"`` (the pipeline's own kernel),
             ``"sage"`` (SageAttention, on CUDA), or a quantised precision such as ``"int8+int8"``.
+        check_finite: Raise at the first attention call whose q, k or v hold a NaN or an infinity,
+            naming tensor and layer; costs a pass over them.
         grid: Token grid ``(frames, height, width)`` after patchify, needed only when the processor
             is set on a transformer directly, where the grid cannot be seen.
     """
@@ -58,7 +61,9 @@ class Policy:
     precision: str = "auto"
     impl: str = "auto"
     dense: str = "stock"
+    check_finite: bool = False
     grid: tuple[int, int, int] | None = None
+    preferred: ClassVar[str] = "auto"  # what precision="auto" is where a kernel for it runs
     _libraries: ClassVar[tuple[str, ...]] = ()  # beside the carriers, what impl may name
     _direct: Any = field(default=None, init=False, repr=False)
 
@@ -142,6 +147,9 @@ class ParoProcessor(Policy):
     calibrates itself: the first steps run dense, and the last of them is watched for the order and
     the blocks of every head. The rest of the run is sparse; later runs reuse the plan.
 
+    On a GPU, ``precision="auto"`` without a plan that says otherwise is ``"int8"`` for models in
+    half precision, where the kernel takes the call.
+
     The calibration is our reconstruction: the authors published their kernels, not the code that
     chooses orders and masks.
 
@@ -156,6 +164,8 @@ class ParoProcessor(Policy):
 
     The other arguments are those of `Policy`.
     """
+
+    preferred: ClassVar[str] = "int8"
 
     density: float = 0.3
     plan: AttentionPlan | str | os.PathLike[str] | None = None

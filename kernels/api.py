@@ -131,6 +131,7 @@ def choose(
     k: Tensor,
     v: Tensor,
     blocks: Blocks | None,
+    tail: Tail | None = None,
     *,
     precision: str = "auto",
     impl: str = "auto",
@@ -141,7 +142,7 @@ def choose(
         ValueError: The named carrier cannot run this call.
     """
     compute, quantised = _DTYPE_OF.get(precision), PRECISIONS.get(precision)
-    call = Call(q, k, v, blocks, q.shape[3] ** -0.5, compute, precision=quantised)
+    call = Call(q, k, v, blocks, q.shape[3] ** -0.5, compute, False, tail, quantised)
     return _choose(call, impl)
 
 

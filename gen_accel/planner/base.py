@@ -11,6 +11,7 @@ from torch import Tensor
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.tail import BlockScores
 from gen_accel.layout import ForwardContext, TokenLayout
+from gen_accel.precision import HeadPrecisions
 from gen_accel.select.window import Window
 
 CALIBRATING = "calibrating"
@@ -38,12 +39,14 @@ class Planned(NamedTuple):
         pooled: How many keys, counted from the first of the ordered sequence, lie in blocks that
             may be hidden, which is what a tail can stand in for. The others are seen by all.
         real: bool ``[pooled]``, those of them that exist; None: all.
+        precision: Of each head of the call, or None: the processor says.
     """
 
     order: Order
     blocks: Blocks | Select
     pooled: int
     real: Tensor | None = None
+    precision: HeadPrecisions | None = None
 
 
 class Windowed(NamedTuple):

@@ -111,7 +111,8 @@ class CalibratedPlanner:
             blocks = plan.blocks(group, layout, self.block, device, text)
             if sum(kept.nbytes for kept in self._lists.values()) + blocks.nbytes <= _LIST_BYTES:
                 self._lists[key] = blocks
-        return Planned(plan.orders, blocks, layout.grid.numel // self.block * self.block)
+        pooled = layout.grid.numel // self.block * self.block
+        return Planned(plan.orders, blocks, pooled, precision=plan.precision)
 
     def watches(self, layer: int) -> bool:
         """See `Planner.watches`."""
