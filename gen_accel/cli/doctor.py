@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices and carriers as plain data."""
+    """Versions, devices, carriers and precisions as plain data."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
         "ffmpeg": _ffmpeg(),
         "devices": _devices(),
         "carriers": _carriers(),
+        "precisions": _precisions(),
     }
 
 
@@ -106,6 +107,22 @@ def _carriers() -> dict[str, str]:
     return {name: reason or "available" for name, reason in available().items()}
 
 
+def _precisions() -> dict[str, str]:
+    """What a quantised call of ordinary shape runs on here."""
+    import torch
+
+    from gen_accel.kernels.api import choose, emulates
+    from gen_accel.kernels.quant import EMULATED, PRECISIONS
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(1, 64, 1, 64, device=device, dtype=torch.bfloat16)
+    found = {}
+    for name in PRECISIONS:
+        carrier = choose(x, x, x, None, precision=name)
+        found[name] = f"{carrier}, {EMULATED}" if emulates(carrier, name) else carrier
+    return found
+
+
 def _kernels(as_json: bool) -> int:
     """Print a row per kernel as it is compiled; 1 if one has a problem."""
     from gen_accel.kernels.triton import aot
@@ -136,6 +153,7 @@ def _text(facts: dict[str, Any]) -> str:
         "packages": packages,
         "devices": dict(device.split(": ", 1) for device in facts["devices"]),
         "carriers": facts["carriers"],
+        "quantised": facts["precisions"],
     }
     width = max(len(name) for group in groups.values() for name in group)
     lines = []

@@ -144,6 +144,27 @@ def test_calibrate_reports_what_it_did(capsys, checkpoint, tmp_path):
     assert "grid 5x4x6" in out and f"mass kept {plan.mass_kept():.4f}" in out and " s\n" in out
 
 
+def test_calibrate_chooses_precisions(capsys, checkpoint, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    words = ("calibrate", f"--model={checkpoint}", "--prompt=a cat", f"--output={path}")
+    words += ("--block=16", "--groups=1", *SIZE, *SHORT)
+    code, out, _ = run(capsys, *words, "--precision=auto", "--max-error=0.05")
+    assert code == 0
+    lines = out.splitlines()
+    title = "| heads by precision, error at most 0.05 | int8+int8 | int8+fp8 | int8 | not quantised"
+    assert lines[1].startswith(title) and lines[3].startswith(
+        "| transformer 0 | 2 | 0 | 0 | 0 | 0.0"
+    )
+    layers = AttentionPlan.load(path).components["transformer"].layers
+    assert {layer.precision.names for layer in layers.values()} == {("int8+int8",) * 2}
+    for extra, message in (
+        (["--precision=int7"], "precision='int7'"),
+        (["--precision=auto", "--max-error=0"], "max_error=0.0"),
+        (["--max-error=0.1"], "add --precision auto"),
+    ):
+        assert message in refused(capsys, *words, *extra)
+
+
 def test_a_plan_is_used(capsys, checkpoint, plan, tmp_path):
     words = ("generate", f"--model={checkpoint}", "--prompt=a cat", f"--plan={plan}")
     assert (

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gen_accel.cli import main as cli
 from gen_accel.cli.main import main
@@ -72,6 +73,13 @@ def test_a_command_whose_import_fails_is_not_hidden(monkeypatch, tmp_path):
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
         cli._import("broken_command")
     assert cli._import("no_such_command") is None
+
+
+def test_doctor_tells_where_quantised_calls_run(capsys):
+    facts = json.loads(run(capsys, "doctor", "--json")[1])["precisions"]
+    assert set(facts) == {"int8", "int8+fp8", "int8+int8", "int4", "int4+int4"}
+    if not torch.cuda.is_available():
+        assert set(facts.values()) == {"gather, emulated: accuracy only, no speed"}
 
 
 def test_doctor_as_text(capsys):
