@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -44,6 +46,7 @@ class Component:
         engine: What runs its attention.
         taken: Module name -> the stock processor that stood there.
         left: Module name -> why it was left alone.
+        compile: Its blocks run compiled while the processors are on.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Component:
     left: dict[str, str]
     hook: Any = None
     hoist: Hoist | None = None
+    compile: bool = False
 
     @property
     def heads(self) -> int:
@@ -75,6 +79,8 @@ class Component:
             # All heads of all layers share its order, so it is applied once per forward.
             self.hoist = self.planner.hoist = hoist_order(self.transformer, self.planner.order)
         setattr(self.transformer, _COMPONENT, self)
+        for block in self._blocks() if self.compile else ():
+            block.compile(fullgraph=True)
 
     def remove(self) -> None:
         """Put the stock processors back and take the hook off."""
@@ -85,10 +91,17 @@ class Component:
             # Something installed after us (an IP-Adapter, fused projections) is not ours to undo.
             if isinstance(module.processor, FamilyProcessor):
                 _set(module, stock)
+        for block in self._blocks() if self.compile else ():
+            block._compiled_call_impl = None
         self.hook.remove()
         if self.hoist is not None:
             self.hoist.remove()
         delattr(self.transformer, _COMPONENT)
+
+    def _blocks(self) -> list[nn.Module]:
+        """The repeated blocks that hold the modules taken, each with one graph for all alike."""
+        names = dict.fromkeys(re.sub(r"(\.\d+)\..*", r"\1", name) for name in self.taken)
+        return [self.transformer.get_submodule(name) for name in names]
 
 
 class Handle:
@@ -186,7 +199,9 @@ class Handle:
         self.remove()
 
 
-def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
+def apply(
+    pipe: Any, processor: Policy, *, profile: bool = False, compile: bool = False
+) -> Handle:
     """Accelerate the attention of a pipeline.
 
     Args:
@@ -196,6 +211,8 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
             calibrating step is dense.
         processor: The policy. Processors of an earlier `apply` are removed first.
         profile: Time the calls on a GPU too, at the price of synchronising around each.
+        compile: Compile the blocks (`torch.nn.Module.compile`) until the processors are removed:
+            norms, RoPE and gates become a few kernels. The first call of each resolution compiles.
 
     Returns:
         A `Handle`.
@@ -240,7 +257,11 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False) -> Handle:
             check_finite=processor.check_finite,
             profile=profile,
         )
-        components.append(Component(name, transformer, family, model, planner, engine, taken, left))
+        components.append(
+            Component(
+                name, transformer, family, model, planner, engine, taken, left, compile=compile
+            )
+        )
     if plan is not None:
         plan.check({component.name: component.model for component in components})
     for component in components:
