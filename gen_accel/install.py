@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import re
 import sys
 import weakref
 from collections.abc import Callable
