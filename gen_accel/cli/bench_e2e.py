@@ -80,10 +80,11 @@ class Case:
         """The processor of a method."""
         from gen_accel.cli.pipeline import make_processor
 
+        if method == "none":
+            raise ValueError(f"method {method!r}: dense is measured anyway; leave it out")
         settings = {"density": density, "dense_steps": self.dense_steps, "min_tokens": 0}
         found = make_processor(method, settings, None)
-        if found is None:
-            raise ValueError(f"method {method!r}: dense is measured anyway; leave it out")
+        assert found is not None
         return found
 
 
@@ -188,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or folder / "results.jsonl")
     check_writable(out.parent)
     check_writable(folder)
-    ends = time.monotonic() + (args.limit or suite.limit)
+    ends = time.monotonic() + (suite.limit if args.limit is None else args.limit)
     good, states = True, {}
     for number, (case, part) in enumerate(_pieces(suite, args.weights)):
         title = f"{case.name}, {part}"
@@ -278,7 +279,10 @@ def _suite(args: argparse.Namespace) -> tuple[str, Suite]:
         return args.suite, suite
     if args.sweep is not None:
         return Path(args.sweep).stem, Suite(tuple(_sweep(args)))
-    return "custom", Suite((_case(args, {}),))
+    case = _case(args, {})
+    if args.weights != "random":
+        case = replace(case, name=Path(args.weights).name)
+    return "custom", Suite((case,))
 
 
 _SWEPT = ("model", "height", "width", "num_frames", "layers", "methods", "density", "dtype")
@@ -308,8 +312,6 @@ def _sweep(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _case(args: argparse.Namespace, given: dict[str, Any]) -> Case:
-    import torch
-
     from gen_accel.published import published
 
     def value(name: str, default: Any) -> Any:
@@ -320,7 +322,7 @@ def _case(args: argparse.Namespace, given: dict[str, Any]) -> Case:
     size = tuple(value(n, s) for n, s in zip(("height", "width", "num_frames"), model.size))
     device = args.device
     dtype = value("dtype", "float32" if device == "cpu" else "bfloat16")
-    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+    if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype {dtype!r}: use float32, bfloat16 or float16")
     layers = value("layers", None)
     methods = value("methods", METHODS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ class Candidate:
         peak: Memory in MiB.
         joules: Of one forward.
         turn: Forwards timed so far.
+        own: A transformer of its own, on which the processors stay; None shares one.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Candidate:
     parts: dict[str, float] = field(default_factory=dict)
     extra: float = 0.0
     turn: int = 0
+    own: Run | None = None
     peak: float | None = None
     joules: float | None = None
 
@@ -125,6 +127,8 @@ class Steps:
         for name in self.case.methods:
             for density in self.case.densities:
                 self._prime(name, density)
+        if self.case.compiled:
+            self._compiled()
         usable = [c for c in self.candidates if c.name not in self.wrong]
         start = time.monotonic()
         for candidate in usable:
@@ -182,16 +186,31 @@ class Steps:
         self.candidates.append(candidate)
         return None if name in self.wrong else candidate
 
-    def _prime(self, name: str, density: float) -> None:
+    def _compiled(self) -> None:
+        """Compiled blocks: diffusers' own, and with each method."""
+        own = Run(self.case)
+        own.transformer.compile_repeated_blocks(fullgraph=True)
+        stock = Candidate(f"{STOCK}, compiled", dense=True, own=own)
+        self._compare(stock, self._forward(stock, self.last_dense))
+        self.candidates.append(stock)
+        for name in self.case.methods:
+            for density in self.case.densities:
+                # Processors that come and go would be compiled anew each time.
+                self._prime(name, density, Run(self.case))
+
+    def _prime(self, name: str, density: float, own: Run | None = None) -> None:
         """Run the dense steps that a method learns from, and its first sparse ones."""
         from gen_accel import apply
         from gen_accel.planner.calibrated import CalibratedPlanner
 
         label = name if len(self.case.densities) == 1 else f"{name} {density:g}"
         policy = self.case.policy(name, density)
-        handle = apply(self.run, policy, profile=True)
-        handle.remove()
-        candidate = Candidate(label, dense=False, target=density, handle=handle)
+        if own is not None:
+            label += ", compiled"
+        handle = apply(own or self.run, policy, profile=True, compile=own is not None)
+        if own is None:
+            handle.remove()
+        candidate = Candidate(label, dense=False, target=density, handle=handle, own=own)
         engine = handle.components[0].engine
         if isinstance(engine.planner, CalibratedPlanner):
             for step in range(max(0, self.last_dense - 1), self.last_dense + 1):
@@ -232,11 +251,12 @@ class Steps:
         import torch
 
         handle = candidate.handle
-        components = handle.components if handle is not None else []
+        components = handle.components if handle is not None and candidate.own is None else []
         for component in components:
             component.install()
         try:
-            out = self.run.forward(self._next(candidate) if step is None else step)
+            run = candidate.own or self.run
+            out = run.forward(self._next(candidate) if step is None else step)
             if self.case.device == "cuda":
                 torch.cuda.synchronize()
             return out
@@ -272,12 +292,18 @@ class Steps:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        with Energy(self.case.device) as energy, _timed_sdpa(cuda) as sdpa:
+        # What is compiled must not meet a clock.
+        looked = not engines and candidate.own is None
+        sdpa: list[float] = []
+        with (
+            Energy(self.case.device) as energy,
+            _timed_sdpa(sdpa, cuda) if looked else nullcontext(),
+        ):
             self._forward(candidate)
         total = time.perf_counter() - started
         candidate.joules = energy.joules
         candidate.peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-        if not engines:
+        if looked:
             candidate.parts = {"dense": sum(sdpa), "rest": total - sum(sdpa)}
         for engine in engines:
             engine.profile = False
@@ -290,12 +316,12 @@ class Steps:
 
 
 @contextmanager
-def _timed_sdpa(synchronize: bool) -> Iterator[list[float]]:
-    """Seconds of every self-attention that diffusers' own processors compute."""
+def _timed_sdpa(seconds: list[float], synchronize: bool) -> Iterator[None]:
+    """Append the seconds of every self-attention that diffusers' own processors compute."""
     import torch
     import torch.nn.functional as F
 
-    original, seconds = F.scaled_dot_product_attention, []
+    original = F.scaled_dot_product_attention
 
     def timed(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.shape != key.shape:
@@ -311,6 +337,6 @@ def _timed_sdpa(synchronize: bool) -> Iterator[list[float]]:
 
     F.scaled_dot_product_attention = timed
     try:
-        yield seconds
+        yield
     finally:
         F.scaled_dot_product_attention = original

@@ -151,9 +151,9 @@ def _source(row: Row) -> str:
     config = row["config"]
     packages = ("torch", "triton", "diffusers")
     versions = ", ".join(f"{n} {row['versions'][n]}" for n in packages if n in row["versions"])
-    suite = config["suite"]
+    suite = f" --suite {config['suite']}" if config["suite"] in ("h200", "cpu", "smoke") else ""
     return (
-        f"`gen-accel bench e2e --suite {suite}`, commit {row['commit']}, "
+        f"`gen-accel bench e2e{suite}`, commit {row['commit']}, "
         f"{row['device']}, {versions}, {row['time'][:10]}."
     )
 
