@@ -307,8 +307,12 @@ class DenseBackend(io.ComfyNode):
         dense: Any = "stock"
         if backend.startswith(_CARRIER):
             dense = SparseProcessor(dense=backend.removeprefix(_CARRIER)).dense  # checks it
-        elif backend != _OWN:
+        elif backend in REGISTERED_ATTENTION_FUNCTIONS:
             dense = REGISTERED_ATTENTION_FUNCTIONS[backend]
+        elif backend != _OWN:
+            raise ValueError(
+                f"backend={backend!r}: this ComfyUI has {', '.join(REGISTERED_ATTENTION_FUNCTIONS)}"
+            )
         return io.NodeOutput(install(model, dense=dense))
 
 

@@ -60,7 +60,7 @@ class Paro(io.ComfyNode):
         shared, patch = widgets.settings(**schedule)
         policy = ParoProcessor(
             density=density,
-            plan=None if plan == _CALIBRATE else AttentionPlan.load(_plan_folder() / plan),
+            plan=None if plan == _CALIBRATE else AttentionPlan.load(_plan_file("plan", plan)),
             order=order,
             tail=tail,
             **shared,
@@ -95,10 +95,7 @@ class SavePlan(io.ComfyNode):
             raise ValueError(
                 "model: its last run made no plan; use PARO Attention, with a sparse step or more"
             )
-        name = name.removesuffix(_SUFFIX)
-        if not name or not all(c.isalnum() or c in "-_. " for c in name) or name.startswith("."):
-            raise ValueError(f"name={name!r}: use letters, digits, spaces, - and _")
-        path = plan.save(_plan_folder() / (name + _SUFFIX))
+        path = plan.save(_plan_file("name", name))
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path}\n{plan!r}"))
 
 
@@ -145,6 +142,14 @@ def _plan_folder() -> Path:
     folder = Path(folder_paths.models_dir) / "attention_plans"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _plan_file(widget: str, name: str) -> Path:
+    """A file of that folder and of no other, whatever a workflow says."""
+    name = name.removesuffix(_SUFFIX)
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "-_. " for c in name):
+        raise ValueError(f"{widget}={name!r}: use letters, digits, spaces, dots, - and _")
+    return _plan_folder() / (name + _SUFFIX)
 
 
 NODES = [Paro, SavePlan, Report]

@@ -122,7 +122,7 @@ def settings(
         "dense_layers": block_numbers(dense_blocks),
         "min_tokens": min_tokens,
         "precision": precision,
-        "block": None if block == AUTO else int(block),
+        "block": None if block == AUTO else numbers("block", block),
     }
     return policy, {"span": Span(start_percent, end_percent), "profile": profile}
 
