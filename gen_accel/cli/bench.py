@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
             "pooled",
             "tails",
             "mixtures",
+            "precision",
             "kernel",
             "tune",
             "damage",
@@ -55,8 +56,8 @@ def add_parser(subparsers: Any) -> None:
             "e2e",
         ),
         help="an attention call, GNA's windows, blocks chosen in the call, what tails mend, whole "
-        "clips by mixture, calls of real models on a GPU, tile sizes of the Triton kernel, which "
-        "metric sees which damage, their cost, steps of whole transformers",
+        "clips by mixture, what quantising costs, calls of real models on a GPU, tile sizes of the "
+        "Triton kernel, which metric sees which damage, their cost, steps of whole transformers",
     )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
@@ -96,7 +97,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--docs", help="put the table of damage, or of e2e, between the marks in this page"
     )
-    group = parser.add_argument_group("tails, mixtures", "Runs of a trained toy model.")
+    group = parser.add_argument_group("tails, mixtures, precision", "Runs of a trained toy model.")
     group.add_argument("--model", default="hunyuan-video", help="which toy; e2e: which model")
     group.add_argument("--folder", help="where it is, when not in models/")
     group.add_argument("--prompts", type=_positive, default=4, help="captions on either side")
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.what in ("damage", "metrics"):
             return getattr(bench_damage, args.what)(args)
-        if args.what in ("tails", "mixtures", "e2e"):
+        if args.what in ("tails", "mixtures", "precision", "e2e"):
             return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
         good = True
         for dim in args.head_dims:

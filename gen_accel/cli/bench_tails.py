@@ -261,7 +261,12 @@ def _video(x: torch.Tensor, call: Captured) -> torch.Tensor:
 
 
 def table(
-    rows: Sequence[dict[str, Any]], line: str, column: str, title: str, value: str = "value"
+    rows: Sequence[dict[str, Any]],
+    line: str,
+    column: str,
+    title: str,
+    value: str = "value",
+    digits: int = 3,
 ) -> str:
     """Markdown: one line per ``line``, one column per ``column`` of the rows."""
 
@@ -274,7 +279,7 @@ def table(
     head = f"| {title} | " + " | ".join(map(str, columns)) + " |"
     lines = [head, "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        values = (f"{cells[name, c]:.3f}" if (name, c) in cells else "" for c in columns)
+        values = (f"{cells[name, c]:.{digits}f}" if (name, c) in cells else "" for c in columns)
         lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if path.is_dir():
         raise UsageError(f"--output {path}: a folder; name the plan file")
     check_writable(path.parent)
-    names = ("density", "groups", "dense_steps", "block", "criterion", "rows_per_block")
-    names += ("order_prompts", "precision", "max_error")
+    names = (
+        "density", "groups", "dense_steps", "block", "criterion", "rows_per_block",
+        "order_prompts", "precision", "max_error",
+    )  # fmt: skip
     settings = {n: getattr(args, n) for n in names if hasattr(args, n)}
     if settings.get("precision", "auto") != "auto":
         settings["precision"] = settings["precision"].split(",")
