@@ -76,7 +76,7 @@ class Forward:
         model: The diffusion model.
         layout: Token layout but for padding, or None.
         context: Where in the run it is.
-        reason: Why ``layout`` is None.
+        reason: Why it stays dense, or "".
         override: Another node's override that was put on after ours, or None.
         layers: Numbers of its self-attention calls.
     """
@@ -161,8 +161,8 @@ class Run:
         """One attention call; whatever is not ours goes to the function it was meant for."""
         if forward.layout is None:
             return self._decline(call, forward.reason)
-        reason = call.reason(forward.layout)
-        if reason is not None:
+        reason = call.reason(forward.layout) or forward.reason
+        if reason:
             return self._decline(call, reason)
         q, k, v = call.tensors()
         try:
@@ -223,7 +223,7 @@ class Run:
         try:
             engine.enter(context)
         except PlanError as error:  # an area or a window that the plan is not for
-            forward.layout, forward.reason = None, str(error)
+            forward.reason = str(error)
             raise Unsupported(str(error)) from error
 
     def _decline(self, call: AttentionCall, reason: str) -> Tensor:
