@@ -205,8 +205,10 @@ class Run:
             planner=policy.planner(COMPONENT, name, layers, plan),
             tail=policy.tail_setting(),
             precision=policy.precision,
+            preferred=policy.preferred,
             impl=policy.impl,
             dense=policy.dense,
+            check_finite=policy.check_finite,
             profile=self.profile,
         )
 

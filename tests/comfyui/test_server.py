@@ -1,6 +1,7 @@
 """The nodes in a real ComfyUI: COMFYUI_PATH is a checkout, COMFYUI_PYTHON has its packages."""
 
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -40,11 +41,16 @@ SETTINGS = {
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH is not set")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("comfyui_tool", ROOT / "tools" / "comfyui.py")
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    tool = load_tool("comfyui")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -343,3 +349,60 @@ def test_what_the_server_itself_refuses(server):
     nodes = graph("wan")
     nodes["report"] = node("GenAccelReport", model=["tiny", 0], after=["sample", 0])
     assert "no gen_accel node has patched it" in failure(server, nodes)[1]
+
+
+WORKFLOWS = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
+STANDS_FOR = {
+    "UNETLoader": ("tiny", 0), "CLIPTextEncode": ("tiny", 2), "EmptySD3LatentImage": ("tiny", 1),
+    "EmptyHunyuanLatentVideo": ("tiny", 1), "EmptyCosmosLatentVideo": ("tiny", 1),
+    "VAEDecode": ("image", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_run_on_tiny_models(server, path):
+    """Nothing but the checkpoints, their text encoders and VAEs is replaced."""
+    example = json.loads(path.read_text())
+    family = next(f for f in sorted(FAMILIES, key=len) if path.stem.startswith(f))
+    scale = 2 if family == "flux" else 1
+    nodes = {
+        "tiny": node("TinyModel", family=family, height=16 * scale, width=24 * scale),
+        "image": node("EmptyImage", width=64, height=64, batch_size=5, color=0x406080),
+    }
+    for key, entry in example.items():
+        if entry["class_type"] in STANDS_FOR or entry["class_type"].endswith("Loader"):
+            continue
+        inputs = dict(entry["inputs"])
+        for name, value in inputs.items():
+            if isinstance(value, list):
+                inputs[name] = list(STANDS_FOR.get(example[value[0]]["class_type"], value))
+        inputs |= {"steps": 3} if "steps" in inputs else {}
+        inputs |= {"min_tokens": 0} if "min_tokens" in inputs else {}
+        if "cfg" in inputs and family in ("flux", "hunyuan_video"):
+            inputs["cfg"] = 1.0
+        nodes[key] = node(entry["class_type"], **inputs)
+    outputs = run(server, nodes)
+    texts = [str(o.get("text")) for o in outputs.values()]
+    assert any(re.search(r"[1-9]\d* sparse calls", text) for text in texts), texts
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_lack_only_model_files(server, path):
+    answer = server.run(json.loads(path.read_text()))
+    for found in answer["node_errors"].values():
+        assert found["class_type"].endswith("Loader")
+        assert {error["type"] for error in found["errors"]} == {"value_not_in_list"}
+    for entry in json.loads(path.read_text()).values():
+        info = server.get("/object_info/" + entry["class_type"])[entry["class_type"]]
+        known = {**info["input"]["required"], **info["input"].get("optional", {})}
+        assert set(entry["inputs"]) <= set(known), entry
+
+
+def test_example_workflows_are_in_the_ui_too(server):
+    tool = load_tool("comfyui_workflow")
+    info = server.get("/object_info")
+    assert {p.name for p in WORKFLOWS} == {p.name for p in (WORKFLOWS[0].parents[1]).glob("*.json")}
+    for path in WORKFLOWS:
+        written = json.loads((path.parents[1] / path.name).read_text())
+        assert written == tool.convert(json.loads(path.read_text()), info, path.stem), path.name
+    assert server.get("/workflow_templates")["gen_accel"]
