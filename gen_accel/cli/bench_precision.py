@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
         check_writable(Path(path).parent)
     with torch.no_grad():
         bench = PrecisionBench(*_calls(args), args.model)
-        errors, weights = bench.errors(), bench.weights()
+        errors, values, weights = bench.errors(), bench.values(), bench.weights()
     rendered = clips(args.model, args.folder, args.prompts)
-    rows = [*errors, *weights, *rendered]
+    rows = [*errors, *values, *weights, *rendered]
     tables = [
         table(errors, "name", "data", "relative L2 to fp64, mean", digits=4),
         table(errors, "name", "data", "the same, worst call", "worst", digits=4),
+        table(values, "name", "values", "one scale per channel and: relative L2", digits=4),
         table(weights, "name", "order", "int8 scores, P.V as said: relative L2", digits=4),
         table(rendered, "name", "attention", "PSNR to dense, dB", digits=1),
     ]
@@ -79,6 +80,20 @@ class PrecisionBench:
             for name, precision in PRECISIONS.items():
                 values = [_error(c, x, precision) for c, x in zip(planted, exact)]
                 rows.append(self._row("precision", name, values, {"data": data}))
+        return rows
+
+    def values(self) -> list[dict[str, Any]]:
+        """Which values share a scale, in the model's order."""
+        from gen_accel.kernels.quant import PRECISIONS
+
+        exact = [_exact(call) for call in self.held_out]
+        rows = []
+        for name in ("int8+fp8", "int8+int8"):
+            for share in ("channel", "block"):
+                precision = PRECISIONS[name]._replace(v_scale=share)
+                errors = [_error(c, x, precision) for c, x in zip(self.held_out, exact)]
+                config = {"values": {"channel": "all keys", "block": "64 keys"}[share]}
+                rows.append(self._row("values", name, errors, config))
         return rows
 
     def weights(self) -> list[dict[str, Any]]:
