@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def device_of(args: argparse.Namespace) -> str:
     if best == "cpu" and torch.backends.mps.is_available():
         best = "mps"
     name = getattr(args, "device", None) or best
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
@@ -94,6 +97,11 @@ def device_of(args: argparse.Namespace) -> str:
     if getattr(args, "cpu_offload", False) and kind == "cpu":
         raise UsageError("--cpu-offload moves models between CPU and GPU; drop it on a CPU")
     return name
+
+
+def processes() -> int:
+    """How many processes a launcher (accelerate, torchrun) started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load_pipeline(args: argparse.Namespace, device: str) -> Any:

@@ -11,6 +11,7 @@ from helpers import tiny
 
 SIZE = ("--height=64", "--width=96", "--num-frames=17", "pipeline.max_sequence_length=32")
 SHORT = ("--num-inference-steps=5", "--guidance-scale=1")
+PAGES = ("index.html", "manifest.json", "report.json")
 PARO = ("processor.min_tokens=0", "processor.block=16")
 
 
@@ -67,7 +68,7 @@ def test_compare_writes_videos_report_and_page(capsys, checkpoint, tmp_path):
     code, text, _ = run(capsys, *words, *SIZE, *SHORT, *PARO)
     assert code == 0
     names = ["000.dense.mp4", "000.paro.mp4", "001.dense.mp4", "001.paro.mp4"]
-    assert files(out) == [*names, "index.html", "report.json"]
+    assert files(out) == [*names, *PAGES]
     for name in names:
         assert read_video(out / name).shape == (17, 3, 64, 96)
     report = json.loads((out / "report.json").read_text())
@@ -97,7 +98,7 @@ def test_seed_and_dense_only(capsys, checkpoint, tmp_path):
         words = ("generate", f"--model={checkpoint}", "--prompt=a cat", "--processor=none")
         words += (f"--output={tmp_path / name}", f"--seed={seed}", *SIZE, "--num-inference-steps=2")
         assert run(capsys, *words)[0] == 0
-        assert files(tmp_path / name) == ["000.mp4", "index.html", "report.json"]
+        assert files(tmp_path / name) == ["000.mp4", *PAGES]
         videos.append((tmp_path / name / "000.mp4").read_bytes())
     assert videos[0] == videos[1] != videos[2]
 
@@ -115,7 +116,7 @@ def test_an_image_pipeline_writes_png(capsys, image_checkpoint, tmp_path):
     words = ("generate", f"--model={image_checkpoint}", "--prompt=a cat", f"--output={tmp_path}")
     words += ("--height=128", "--width=192", "--num-inference-steps=2", *PARO)
     assert run(capsys, *words, "pipeline.max_sequence_length=48")[0] == 0
-    assert files(tmp_path) == ["000.png", "index.html", "report.json"]
+    assert files(tmp_path) == ["000.png", *PAGES]
     assert read_video(tmp_path / "000.png").shape == (1, 3, 128, 192)
 
 
