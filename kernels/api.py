@@ -198,7 +198,7 @@ def _run(
     if impl == "auto":
         _announce(name, q.device.type)
     if emulates(name, precision):
-        _announce_emulation(name)
+        _announce_emulation()
     return _carrier(name).run(call)
 
 
@@ -222,8 +222,8 @@ def _announce(name: str, device: str) -> None:
 
 
 @functools.cache
-def _announce_emulation(name: str) -> None:
-    logger.warning("quantised attention on carrier %r is %s", name, EMULATED)
+def _announce_emulation() -> None:
+    logger.warning("quantised attention is %s; gen-accel doctor lists what runs how", EMULATED)
 
 
 # ---- torch.compile: graphs carry tensors and numbers, so a Blocks travels in pieces --------------

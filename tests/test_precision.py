@@ -147,11 +147,13 @@ def test_damaged_precisions_are_refused(planned, tmp_path):
 def run(policy, build=tiny.tiny_wan, **changes):
     pipe, arguments = build()
     with apply(pipe, policy) as handle:
-        out = tiny.run(pipe, **{**arguments, "num_inference_steps": 4, **changes})
+        out = tiny.run(pipe, **{**arguments, "num_inference_steps": 3, **changes})
         return out, handle.stats()["transformer"], handle.summary()
 
 
-@pytest.mark.parametrize("build", [tiny.tiny_wan, tiny.tiny_hunyuan, tiny.tiny_flux])
+@pytest.mark.parametrize(
+    "build", [tiny.tiny_wan, tiny.tiny_hunyuan, tiny.tiny_flux, tiny.tiny_cosmos2]
+)
 @pytest.mark.parametrize(
     "policy",
     [

@@ -217,10 +217,19 @@ def test_emulation_is_announced_once(caplog):
     api._announce_emulation.cache_clear()
     q, k, v = tensors()
     with caplog.at_level(logging.WARNING):
-        for precision in ("int8", "int8+int8", "int8"):
-            block_sparse_attention(q, k, v, blocks(), precision=precision)
+        for precision, impl in (("int8", "auto"), ("int8+int8", "auto"), ("int8", "reference")):
+            block_sparse_attention(q, k, v, blocks(), precision=precision, impl=impl)
     assert [r.getMessage() for r in caplog.records] == [
-        "quantised attention on carrier 'gather' is emulated: accuracy only, no speed"
+        "quantised attention is emulated: accuracy only, no speed; "
+        "gen-accel doctor lists what runs how"
     ]
     assert api.emulates("gather", "int8") and not api.emulates("gather", "bf16")
     assert api.choose(q, k, v, None, precision="int8") == "gather"
+
+
+def test_quantised_calls_compile():
+    q, k, v = tensors()
+    lists = blocks()
+    call = lambda q: block_sparse_attention(q, k, v, lists, precision="int8+fp8")  # noqa: E731
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), call(q), rtol=0, atol=0)
