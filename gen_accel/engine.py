@@ -19,6 +19,7 @@ from gen_accel.kernels.api import block_sparse_attention, choose, emulates, requ
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.tail import Tail
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
+from gen_accel.parallel import by_part, by_rank
 from gen_accel.planner.base import Planned, Planner, Windowed
 from gen_accel.precision import EXACT, HeadPrecisions, split_heads
 from gen_accel.schedule import Schedule
@@ -183,6 +184,7 @@ class Engine:
         backend: Any = None,
         heads: slice | None = None,
         mask: Tensor | None = None,
+        ranks: int = 1,
     ) -> Tensor:
         """Attention of one module.
 
@@ -194,13 +196,14 @@ class Engine:
             backend: diffusers attention backend of the dense calls.
             heads: Which heads of the layer these are, when they are sharded.
             mask: The stock processor's mask; used only when the layout is unknown.
+            ranks: The sequence stands shard behind shard of so many ranks, see `by_part`.
         """
         if torch.compiler.is_compiling():
             # Opaque to the compiler: no graph break, and no recompilation when the step changes.
             start, stop = (heads.start, heads.stop) if heads is not None else (-1, -1)
             name = None if backend is None else str(getattr(backend, "value", backend))
             number = torch.as_tensor(layer)
-            return _attend_op(q, k, v, mask, number, self._number, name, start, stop)
+            return _attend_op(q, k, v, mask, number, self._number, name, start, stop, ranks)
         layer = int(layer)
         if self.check_finite:
             require_finite(f"{self.name}, layer {layer}: ", q=q, k=k, v=v)
@@ -208,7 +211,15 @@ class Engine:
         if layout is not None and layout.tokens != q.shape[1]:
             layout, reason = None, f"{q.shape[1]} tokens do not match the token grid"
             self._say_once(f"attention stays dense: {reason}")
+        if ranks > 1 and layout is not None and layout.text:
+            q, k, v = (by_part(x, layout, ranks) for x in (q, k, v))
+            out = self.attend(q, k, v, layer=layer, backend=backend, heads=heads)
+            return by_rank(out, layout, ranks)
         if layout is None:
+            if ranks > 1 and mask is not None:
+                raise ValueError(
+                    f"context parallelism needs the token layout to apply the mask: {reason}"
+                )
             self._count_dense(reason or self.context.reason)
             return dense.stock(q, k, v, backend, mask)
         valid = layout.text_valid or (layout.text_after,)
@@ -394,12 +405,15 @@ def _attend_op(
     backend: str | None,
     start: int,
     stop: int,
+    ranks: int,
 ) -> Tensor:
     heads = None if start < 0 else slice(start, stop)
-    out = _engines[engine].attend(q, k, v, layer=layer, backend=backend, heads=heads, mask=mask)
+    out = _engines[engine].attend(
+        q, k, v, layer=layer, backend=backend, heads=heads, mask=mask, ranks=ranks
+    )
     return out.contiguous()
 
 
 @_attend_op.register_fake
-def _(q, k, v, mask, layer, engine, backend, start, stop):  # type: ignore[no-untyped-def]
+def _(q, k, v, mask, layer, engine, backend, start, stop, ranks):  # type: ignore[no-untyped-def]
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -19,6 +19,7 @@ from gen_accel.families import family_of
 from gen_accel.families.base import Family, FamilyProcessor
 from gen_accel.hoist import Hoist, hoist_order
 from gen_accel.kernels.quant import EMULATED, PRECISIONS
+from gen_accel.parallel import context_parallel
 from gen_accel.plan import AttentionPlan, PlanError
 from gen_accel.planner.base import Planner
 from gen_accel.planner.calibrated import CalibratedPlanner
@@ -72,7 +73,12 @@ class Component:
             kind = self.family.processors[type(stock).__name__]
             # A tensor, for torch.compile would make a graph of its own for every integer.
             number = torch.tensor(layer)
-            _set(self.transformer.get_submodule(name), kind(self.engine.attend, number, stock))
+            processor = kind(self.engine.attend, number, stock)
+            parallel = getattr(self.transformer, "_parallel_config", None)
+            if context_parallel(parallel) is not None:
+                # Not every stock processor is told, and one that is not would stay on its shard.
+                processor._parallel_config = parallel
+            _set(self.transformer.get_submodule(name), processor)
         self.hook = self.transformer.register_forward_pre_hook(self.engine.begin, with_kwargs=True)
         if isinstance(self.planner, PooledPlanner):
             # All heads of all layers share its order, so it is applied once per forward.
@@ -198,9 +204,7 @@ class Handle:
         self.remove()
 
 
-def apply(
-    pipe: Any, processor: Policy, *, profile: bool = False, compile: bool = False
-) -> Handle:
+def apply(pipe: Any, processor: Policy, *, profile: bool = False, compile: bool = False) -> Handle:
     """Accelerate the attention of a pipeline.
 
     Args:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
+
+from gen_accel.layout import TokenLayout
 
 
 def context_parallel(config: Any) -> Any | None:
@@ -21,7 +24,7 @@ def context_parallel(config: Any) -> Any | None:
 
 
 def ulysses_attention(
-    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, slice, int], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,8 +33,8 @@ def ulysses_attention(
     """Self-attention over a sequence that is sharded across processes.
 
     Args:
-        attend: ``(q, k, v, heads) -> out`` over the whole sequence, ``heads`` being the slice of
-            the layer's heads that this rank was given.
+        attend: ``(q, k, v, heads, ranks) -> out`` over the whole sequence, one shard behind the
+            other, ``heads`` being the slice of the layer's heads that this rank was given.
         q: ``[batch, tokens / ranks, heads, head_dim]``, rank r holding the r-th part of the tokens.
         k: Like ``q``.
         v: Like ``q``.
@@ -60,7 +63,65 @@ def ulysses_attention(
     local = heads // ranks
     first = dist.get_rank(group) * local
     q, k, v = (_to_heads(x, group) for x in (q, k, v))
-    return _to_tokens(attend(q, k, v, slice(first, first + local)), group)
+    return _to_tokens(attend(q, k, v, slice(first, first + local), ranks), group)
+
+
+def by_part(x: Tensor, layout: TokenLayout, ranks: int) -> Tensor:
+    """Shards ``[text_0, video_0, text_1, video_1, ...]`` as ``[text, video]``.
+
+    Joint models put text and video of a shard together, so that after the exchange the sequence is
+    not the model's.
+
+    Args:
+        x: ``[batch, tokens, heads, head_dim]``.
+        layout: Of the whole sequence.
+        ranks: Number of shards.
+
+    Raises:
+        ValueError: Text or video do not divide by the ranks.
+    """
+    sizes = [size // ranks for size in _sizes(layout, ranks)]
+    parts = x.unflatten(1, (ranks, -1)).split(sizes, 2)
+    return torch.cat([part.flatten(1, 2) for part in parts], 1)
+
+
+def by_rank(x: Tensor, layout: TokenLayout, ranks: int) -> Tensor:
+    """The inverse of `by_part`."""
+    parts = x.split(_sizes(layout, ranks), 1)
+    return torch.cat([part.unflatten(1, (ranks, -1)) for part in parts], 2).flatten(1, 2)
+
+
+def _sizes(layout: TokenLayout, ranks: int) -> list[int]:
+    sizes = [layout.text_before, layout.grid.numel, layout.text_after]
+    if any(size % ranks for size in sizes):
+        raise ValueError(
+            f"{layout.grid.numel} video and {layout.text} text tokens on {ranks} ranks: both must "
+            "divide by ulysses_degree"
+        )
+    return sizes
+
+
+def enable_context_parallelism(transformer: Any, config: Any) -> None:
+    """``transformer.enable_parallelism`` for every family, also where diffusers has no plan.
+
+    diffusers knows how to shard Wan and FLUX; HunyuanVideo and Cosmos are sharded by ours. These
+    two need gen_accel's processors: their stock ones stay on their shard.
+
+    Args:
+        transformer: A transformer of one of the families.
+        config: diffusers' ``ContextParallelConfig(ulysses_degree=...)``.
+
+    Raises:
+        ValueError: The model knows where tokens stand in a way that cannot be sharded.
+    """
+    from gen_accel.families import family_of
+
+    family = family_of(transformer)
+    transformer.enable_parallelism(config=config, cp_plan=family.shards(transformer))
+    for name, module in transformer.named_modules():
+        # diffusers tells only processors that ask for it; those of Cosmos do not.
+        if hasattr(module, "processor") and family.keep(name, module) is None:
+            module.processor._parallel_config = transformer._parallel_config
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:

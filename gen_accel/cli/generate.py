@@ -137,8 +137,8 @@ class _Worker:
         plan = jobs.work / PLAN
         # All prompts follow the plan of the first one, whichever process they are rendered in.
         for i in jobs.claims(first_alone=learns):
-            if learns and not self.made and plan.exists():
-                self._apply(dataclasses.replace(self.processor, plan=str(plan)))  # type: ignore[type-var]
+            if learns and self.processor is not None and not self.made and plan.exists():
+                self._apply(dataclasses.replace(self.processor, plan=str(plan)))  # type: ignore[call-arg]
                 learns = False
             if not warm:
                 for method in self.methods:
@@ -193,7 +193,7 @@ class _Worker:
         for method in self.methods:
             self.pipe.set_progress_bar_config(desc=f"{method} {i + 1}/{len(self.prompts)}")
             pixels, seconds = self._clip(method, self.prompts[i])
-            one = {"seconds": seconds, "density": 1.0, "psnr": None, "ssim": None}
+            one: dict[str, Any] = {"seconds": seconds, "density": 1.0, "psnr": None, "ssim": None}
             if reference is not None:
                 one["psnr"] = float(psnr(pixels, reference))
                 one["ssim"] = float(ssim(pixels, reference))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -22,8 +22,9 @@ class Attend(Protocol):
     Shapes: q, k, v and the result ``[batch, tokens, heads, head_dim]``, tokens in the model's own
     order (``TokenLayout``), RoPE already applied. ``layer`` counts the accelerated modules,
     ``backend`` is diffusers' attention backend or None, ``mask`` is the model's own attention mask
-    (what counts when the layout is not known; otherwise ``text_valid`` says the same), and
-    ``heads`` tells which of the layer's heads these are when a rank holds only some of them.
+    (what counts when the layout is not known; otherwise ``text_valid`` says the same),
+    ``heads`` tells which of the layer's heads these are when a rank holds only some of them, and
+    ``ranks`` of how many ranks' shards the sequence consists (`gen_accel.parallel.by_part`).
     """
 
     def __call__(  # noqa: D102
@@ -36,6 +37,7 @@ class Attend(Protocol):
         backend: Any,
         mask: Tensor | None = None,
         heads: slice | None = None,
+        ranks: int = 1,
     ) -> Tensor: ...
 
 
@@ -54,7 +56,7 @@ class FamilyProcessor:
     """
 
     ulysses: ClassVar[bool] = False
-    """Whether the tokens of a shard are one piece of the raster, so that Ulysses is exact."""
+    """Whether a shard holds equal pieces of the video's raster and of the text, in their order."""
 
     def __init__(self, attend: Attend, layer: int | Tensor, stock: Any) -> None:
         self.attend = attend
@@ -103,14 +105,13 @@ class FamilyProcessor:
             )
         if not self.ulysses:
             raise ValueError(
-                f"context parallelism with {type(self).__name__}: only Wan keeps its tokens in "
-                "order across ranks; remove() the processors before enable_parallelism()"
+                f"context parallelism with {type(self).__name__}: how its shards stand is not "
+                "known; remove() the processors before enable_parallelism()"
             )
 
-        def on_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
-            return self.attend(
-                q, k, v, layer=self.layer, backend=self._attention_backend, mask=mask, heads=heads
-            )
+        def on_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice, ranks: int) -> Tensor:
+            options = {"layer": self.layer, "backend": self._attention_backend, "mask": mask}
+            return self.attend(q, k, v, heads=heads, ranks=ranks, **options)
 
         return ulysses_attention(on_heads, q, k, v, config)
 
@@ -165,6 +166,8 @@ class Family:
             module met without its transformer, or None when it is not this family's.
         path: Where the video tokens enter and leave the blocks.
         kept: Stock processor class name -> why it always stays.
+        shards: Transformer -> how context parallelism splits it, for
+            ``enable_parallelism(cp_plan=...)``; None is diffusers' own plan.
     """
 
     name: str
@@ -174,6 +177,7 @@ class Family:
     match: Callable[[nn.Module, Any, Tensor | None, Any], Match | None]
     path: TokenPath
     kept: Mapping[str, str] = field(default_factory=dict)
+    shards: Callable[[nn.Module], dict[str, Any] | None] = lambda transformer: None
 
     def keep(self, name: str, module: nn.Module) -> str | None:
         """Why attention module ``name`` must stay stock, or None to take it."""
@@ -184,6 +188,29 @@ class Family:
         if stock not in self.processors:
             return self.kept.get(stock, f"{stock} is not known to the {self.name} family")
         return "cross-attention" if getattr(module, "is_cross_attention", False) else None
+
+
+def split_plan(block: str, arguments: Sequence[str], embeddings: Mapping[str, int]) -> Any:
+    """A context parallelism plan for diffusers.
+
+    Args:
+        block: First block; its ``arguments`` ``[batch, tokens, channels]`` are split.
+        arguments: Names of them.
+        embeddings: Module whose outputs, one tensor or two, come per token -> its token axis.
+    """
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    plan: dict[str, Any] = {
+        block: {
+            name: ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+            for name in arguments
+        },
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    for module, axis in embeddings.items():
+        split = ContextParallelInput(split_dim=axis, expected_dims=axis + 2, split_output=True)
+        plan[module] = {0: split, 1: split} if axis == 0 else {0: split}
+    return plan
 
 
 def is_a(module: nn.Module, class_name: str) -> bool:

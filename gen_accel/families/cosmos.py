@@ -15,12 +15,15 @@ from gen_accel.families.base import (
     argument,
     is_a,
     split_heads,
+    split_plan,
     video_layout,
 )
 
 
 class CosmosProcessor(FamilyProcessor):
     """Self-attention of Cosmos (stock: ``CosmosAttnProcessor2_0``)."""
+
+    ulysses = True
 
     def __call__(  # noqa: D102
         self,
@@ -73,6 +76,13 @@ def _refuse_order(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return None
 
 
+def _shards(transformer: Any) -> Any:
+    embeddings = {"rope": 0}
+    if transformer.learnable_pos_embed is not None:
+        embeddings["learnable_pos_embed"] = 1
+    return split_plan("transformer_blocks.0", ("hidden_states",), embeddings)
+
+
 FAMILY = Family(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
@@ -87,4 +97,5 @@ FAMILY = Family(
         refuse=_refuse_order,
     ),
     kept={"CosmosAttnProcessor2_5": "cross-attention"},
+    shards=_shards,
 )

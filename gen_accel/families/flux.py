@@ -24,6 +24,8 @@ from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 class FluxProcessor(FamilyProcessor):
     """Joint attention of both block kinds (stock: ``FluxAttnProcessor``)."""
 
+    ulysses = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not args and not kwargs:
             raise TypeError(

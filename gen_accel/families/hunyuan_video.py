@@ -18,12 +18,15 @@ from gen_accel.families.base import (
     prefix_lengths,
     read_once,
     split_heads,
+    split_plan,
 )
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 
 
 class HunyuanVideoProcessor(FamilyProcessor):
     """Joint attention of both block kinds (stock: ``HunyuanVideoAttnProcessor2_0``)."""
+
+    ulysses = True
 
     def __call__(  # noqa: D102
         self,
@@ -131,6 +134,16 @@ def _refuse_order(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return None
 
 
+def _shards(transformer: Any) -> Any:
+    if transformer.config.image_condition_type == "token_replace":
+        raise ValueError(
+            "image_condition_type='token_replace': the blocks count the tokens of the first frame, "
+            "which a shard does not have; use one device"
+        )
+    names = ("hidden_states", "encoder_hidden_states")
+    return split_plan("transformer_blocks.0", names, {"rope": 0})
+
+
 FAMILY = Family(
     name="hunyuan_video",
     transformers=("HunyuanVideoTransformer3DModel",),
@@ -141,4 +154,5 @@ FAMILY = Family(
         entries={"x_embedder": 1, "rope": 0}, exits={"proj_out": 1}, refuse=_refuse_order
     ),
     kept={"AttnProcessor2_0": "token refiner (text only)"},
+    shards=_shards,
 )

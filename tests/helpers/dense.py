@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from gen_accel.families import family_of
 from gen_accel.layout import Unsupported
+from gen_accel.parallel import by_part, by_rank
 
 
 class Dense:
@@ -27,7 +28,11 @@ class Dense:
         except Unsupported as reason:
             self.layout, self.reason = None, str(reason)
 
-    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None):
+    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None, ranks=1):
+        if ranks > 1 and self.layout.text:
+            q, k, v = (by_part(x, self.layout, ranks) for x in (q, k, v))
+            out = self(q, k, v, layer=layer, backend=backend, heads=heads)
+            return by_rank(out, self.layout, ranks)
         if torch.compiler.is_compiling():
             self.traced = True  # a list that grows would be guarded on, and recompile every step
         else:
@@ -55,7 +60,7 @@ class Masked(Dense):
 class Zero(Dense):
     """Attention that returns nothing: whoever still gets the stock output did not call it."""
 
-    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None):
+    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None, ranks=1):
         return torch.zeros_like(q)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
-from gen_accel import ParoProcessor, apply
+from gen_accel import GnaProcessor, ParoProcessor, SparseProcessor, apply
+from gen_accel.parallel import enable_context_parallelism
 from helpers import dits, tiny
 from helpers.dense import Dense, difference, installed
 
@@ -26,8 +27,9 @@ class PerHead(Dense):
         super().__init__()
         self.seen = set()
 
-    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None):
-        out = super().__call__(q, k, v, layer=layer, backend=backend, mask=mask, heads=heads)
+    def __call__(self, q, k, v, *, layer, backend, mask=None, heads=None, ranks=1):
+        given = {"layer": layer, "backend": backend, "mask": mask, "heads": heads, "ranks": ranks}
+        out = super().__call__(q, k, v, **given)
         weights = torch.arange(1.0, HEADS + 1)[slice(None) if heads is None else heads]
         if heads is not None:
             self.seen.add((q.shape[1], heads.start, heads.stop))
@@ -78,6 +80,62 @@ def sparse(alone, model, inputs):
     }
 
 
+def flux_inputs():
+    """Image of 8x12 tokens behind 8 of text."""
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(12.0))
+    return {**dits.flux()[1], "hidden_states": dits.rand(1, 96, 16), "img_ids": ids}
+
+
+# Text of both samples of HunyuanVideo is padded, to different lengths.
+FAMILIES = {
+    "wan": (lambda: tiny.wan_transformer(heads=HEADS, head_dim=24), dits.wan_inputs),
+    "hunyuan_video": (lambda: tiny.hunyuan_transformer(heads=HEADS), dits.hunyuan_inputs),
+    "flux": (lambda: tiny.flux_transformer(heads=HEADS), flux_inputs),
+    "cosmos": (
+        lambda: tiny.cosmos_transformer(heads=HEADS, concat_padding_mask=False),
+        lambda: dits.cosmos()[1],
+    ),
+}
+
+
+def policies(alone, inputs):
+    """Selection by plan, by the call, by geometry; no selection."""
+    shared = {"min_tokens": 0, "dense_steps": 0.0, "block": 16}
+    with apply(alone, ParoProcessor(density=0.4, **shared)) as handle:
+        outputs(alone, inputs)
+        plan = handle.plan
+    return {
+        "plan": ParoProcessor(plan=plan, min_tokens=0, dense_steps=0.0),
+        "pooled": SparseProcessor(density=0.4, **shared),
+        "window": GnaProcessor(window=(-1, 3, 3), tile=(1, 2, 2), min_tokens=0, dense_steps=0.0),
+        "every": SparseProcessor(select="all", tail="drop", **shared),
+    }
+
+
+def families():
+    """Family and policy -> distance to one process, for processors put on before and after."""
+    found = {}
+    for name, (build, inputs) in FAMILIES.items():
+        alone, given = build(), inputs()
+        later = {**given, "timestep": given["timestep"] * 0.9}
+        dense = outputs(alone, later)
+        first, second = build(), build()
+        enable_context_parallelism(first, ContextParallelConfig(ulysses_degree=2))
+        found[f"{name} dense"] = [difference(outputs(first, later, Dense()), dense)]
+        for kind, policy in policies(alone, given).items():
+            with apply(alone, policy) as handle:
+                expected = outputs(alone, later)
+                calls = handle.stats()["transformer"].sparse
+            with apply(first, policy) as handle:
+                out = outputs(first, later)
+                assert handle.stats()["transformer"].sparse == calls > 0, (name, kind)
+            found[f"{name} {kind}"] = [difference(out, expected), difference(expected, dense)]
+        with apply(second, policy):
+            enable_context_parallelism(second, ContextParallelConfig(ulysses_degree=2))
+            found[f"{name} enabled later"] = [difference(outputs(second, later), expected)]
+    return found
+
+
 def main(rank: int, store: str) -> dict:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -106,6 +164,7 @@ def main(rank: int, store: str) -> dict:
             block.compile(fullgraph=True, backend="eager")
         found["compiled"] = difference(outputs(model, inputs), outputs(alone, inputs))
 
+    found["families"] = families()
     try:
         outputs(parallel_model(heads=3), inputs, Dense())
     except ValueError as error:
