@@ -119,8 +119,9 @@ class _Integers:
         self.smooth_k = k.transpose(1, 2).float()
         if self.codes.k_mean is not None:
             self.smooth_k = self.smooth_k - self.codes.k_mean
-        self.tile = min(P_TILE, tile)
         values = self.codes.v
+        # Keys of a tile share the scale of their values, too.
+        self.tile = min(P_TILE, tile, P_TILE if values is None else values.rows)
         self.v = (v if values is None else values.codes).transpose(1, 2).float()
 
     def scores(self, queries: Tensor) -> Tensor:

@@ -209,3 +209,12 @@ def test_an_unknown_precision_is_named() -> None:
     q, k, v = _qkv(8, 8)
     with pytest.raises(ValueError, match=r"precision='int8\+int7'.*did you mean 'int8\+int8'"):
         block_sparse_attention(q, k, v, precision="int8+int7")
+
+
+@pytest.mark.parametrize("k_rows", [16, 32, 128])
+def test_values_in_groups_that_are_not_tiles(k_rows: int) -> None:
+    q, k, v = _qkv()
+    v = v * torch.linspace(1, 50, 200)[:, None, None]  # so that a wrong group's scale shows
+    precision = PRECISIONS["int8+int8"]._replace(k_rows=k_rows)
+    out = attention(q, k, v, None, SCALE, precision=precision)[0]
+    assert _error(out, _exact(q, k, v)) < 0.02
