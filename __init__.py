@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+WEB_DIRECTORY = "gen_accel/comfy/web"
+
 
 async def comfy_entrypoint() -> Any:
     """ComfyUI's extension with our nodes."""

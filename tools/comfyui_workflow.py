@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, ROW, GAP = 400, 26, 60  # pixels
+COLUMN, ROW, GAP = 380, 22, 50  # pixels
 
 
 def convert(graph: dict[str, Any], nodes: dict[str, Any], name: str) -> dict[str, Any]:

@@ -242,9 +242,15 @@ class GnaSuggest(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("window", tooltip="For the window input of GNA Window."),
-                io.String.Output("stride", tooltip="For the stride input of GNA Window."),
-                io.String.Output("table", tooltip="All suggestions with their densities."),
+                io.String.Output(
+                    "window", display_name="window", tooltip="For the window input of GNA Window."
+                ),
+                io.String.Output(
+                    "stride", display_name="stride", tooltip="For the stride input of GNA Window."
+                ),
+                io.String.Output(
+                    "table", display_name="table", tooltip="All suggestions with their densities."
+                ),
             ],
         )
 

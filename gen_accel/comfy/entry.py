@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+WEB_DIRECTORY = str(Path(__file__).parent / "web")
 
 
 async def comfy_entrypoint() -> Any:

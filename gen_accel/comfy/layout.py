@@ -74,6 +74,19 @@ def layer_count(model: Any) -> int:
     return sum(len(getattr(model, name, ())) for name in _BLOCK_LISTS)
 
 
+def replaced_blocks(options: Mapping[str, Any]) -> bool:
+    """Whether a node has put something in the place of blocks, which may skip their attention."""
+    return bool(options.get("patches_replace", {}).get("dit"))
+
+
+def block_number(model: Any, options: Mapping[str, Any]) -> int | None:
+    """Number of the block that calls, where ComfyUI says it (0.3.64 does not)."""
+    if "block_index" not in options:
+        return None
+    single = options.get("block_type") == "single"
+    return options["block_index"] + (len(getattr(model, "double_blocks", ())) if single else 0)
+
+
 def model_string(model: Any, layers: int, q: Tensor) -> str:
     """See `gen_accel.plan.ComponentPlan`; q is ``[batch, tokens, heads, head_dim]``."""
     names = (cls.__name__ for cls in type(model).__mro__)

@@ -84,7 +84,7 @@ class SavePlan(io.ComfyNode):
                 _after(),
                 io.String.Input("name", default="plan", tooltip="Name of the file, no folders."),
             ],
-            outputs=[io.String.Output("path", tooltip="Where the plan is.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where the plan is.")],
             is_output_node=True,
         )
 
@@ -115,10 +115,11 @@ class Report(io.ComfyNode):
                 _after(),
             ],
             outputs=[
-                io.Latent.Output("latent", tooltip="The latent, unchanged."),
-                io.String.Output("report", tooltip="The report as text."),
+                io.Latent.Output("latent", display_name="latent", tooltip="The latent, unchanged."),
+                io.String.Output("report", display_name="report", tooltip="The report as text."),
                 io.Image.Output(
                     "density_map",
+                    display_name="density_map",
                     tooltip="Kept density: steps downwards, blocks to the right; white is dense.",
                 ),
             ],

@@ -28,14 +28,19 @@ class Fidelity(io.ComfyNode):
                 _frames("reference", "What they should look like: as many, of the same size."),
             ],
             outputs=[
-                io.Float.Output("psnr", tooltip="Mean over frames in dB; 100 is the same."),
-                io.Float.Output("ssim", tooltip="Mean over frames; 1 is the same."),
+                io.Float.Output(
+                    "psnr", display_name="psnr", tooltip="Mean over frames in dB; 100 is the same."
+                ),
+                io.Float.Output(
+                    "ssim", display_name="ssim", tooltip="Mean over frames; 1 is the same."
+                ),
                 io.Float.Output(
                     "flicker",
+                    display_name="flicker",
                     tooltip="VBench's temporal flickering minus the reference's; below 0 these "
                     "frames flicker more. 0 for one frame.",
                 ),
-                io.String.Output("report", tooltip="All of it as text."),
+                io.String.Output("report", display_name="report", tooltip="All of it as text."),
             ],
             is_output_node=True,
         )
@@ -73,9 +78,15 @@ class Guard(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("frames", display_name="images", tooltip="The frames, unchanged."),
-                io.Int.Output("broken", tooltip="Number of findings."),
-                io.String.Output("report", tooltip="What was found, by frame."),
+                io.Image.Output(
+                    "frames",
+                    display_name="images",
+                    tooltip="The frames, unchanged.",
+                ),
+                io.Int.Output("broken", display_name="broken", tooltip="Number of findings."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was found, by frame."
+                ),
             ],
             is_output_node=True,
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gen_accel.comfy.run import Run
 
-_CELL = 8  # pixels per step and block
+_CELL = 16  # pixels per step and block
 
 
 def report(run: Run) -> str:

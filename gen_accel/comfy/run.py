@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gen_accel.comfy.call import AttentionCall, without_padding
-from gen_accel.comfy.layout import layer_count, model_string
+from gen_accel.comfy.layout import block_number, layer_count, model_string, replaced_blocks
 from gen_accel.engine import Engine, RunStats
 from gen_accel.kernels.api import choose
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout, Unsupported
@@ -169,7 +169,7 @@ class Run:
             layout = without_padding(forward.layout, call.mask, q.shape[0])
             if self._engine is None:
                 self._engine = self._make(forward.model, q, k, v)
-            layer = next(forward.layers)
+            layer = self._layer(forward, call.rest.get("transformer_options") or {})
             self._enter(self._engine, forward, layout, layer)
         except Unsupported as unsupported:
             return self._decline(call, str(unsupported))
@@ -211,6 +211,23 @@ class Run:
             check_finite=policy.check_finite,
             profile=self.profile,
         )
+
+    def _layer(self, forward: Forward, options: dict[str, Any]) -> int:
+        """Number of the block that calls: counted, for ComfyUI did not always say it."""
+        counted = next(forward.layers)
+        if not replaced_blocks(options):
+            return counted
+        number = block_number(forward.model, options)
+        if number is None and self._by_layer:
+            raise Unsupported("a node replaces blocks, and which of them calls is not known")
+        return counted if number is None else number
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether blocks differ in what they do."""
+        policy, planner = self.policy, self._engine and self._engine.planner
+        kept = getattr(policy, "refresh", 1) > 1 or isinstance(planner, CalibratedPlanner)
+        return bool(policy.dense_layers) or kept
 
     def _enter(self, engine: Engine, forward: Forward, layout: TokenLayout, layer: int) -> None:
         while layer >= engine.layers:  # a block that is not in the model's own lists

@@ -1,5 +1,7 @@
 """The override against a fake of ComfyUI's contract; the real ComfyUI is in test_server.py."""
 
+import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -289,6 +291,35 @@ def test_branches_keep_their_number():
     assert [c.branch for c in again] == [1, 0, 2]
     assert [c.step for c in (*found, *again)] == [0, 0, 0, 1, 1, 1]
     assert context(0.7, [1]).step == 0  # a sampler that looks in between
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_skipped_blocks_do_not_shift_the_others(says):
+    """SkipLayerGuidance: a pass without block 0, where ComfyUI does or does not number blocks."""
+    model, latent = tiny("wan")
+    sparse = patched(model, ParoProcessor(**SPARSE), span=Span(0.5, 1.0))
+    forward = model.model._forward
+
+    def skipping(x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006
+        forward(x, timestep, context, transformer_options)
+        options = transformer_options | {
+            "patches_replace": {"dit": {("double_block", 0): skipping}}
+        }
+        if says:
+            options |= {"block_index": 1, "block_type": "double"}
+        q = torch.randn(len(x), 256, 2, 16, generator=torch.Generator().manual_seed(1))
+        again = {**options, "gen_accel": dataclasses.replace(options["gen_accel"])}
+        again["gen_accel"].layers = itertools.count()
+        model.model.attend(q, q, q, context, again)
+        return x
+
+    model.model._forward = skipping
+    sample(sparse, latent)
+    run = last_run(sparse)
+    assert run.stats.sparse == 8 + 4 * says
+    assert run.declined["a node replaces blocks, and which of them calls is not known"] == 8 * (
+        not says
+    )
 
 
 def test_calls_without_a_forward_pass_through():

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import inspect
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -51,6 +52,7 @@ def test_schemas_explain_themselves_and_fit_what_is_executed(nodes):
         assert name.startswith("GenAccel") and schema.display_name and schema.description
         ports = [*schema.inputs, *schema.outputs]
         assert all(len(port.tooltip) > 10 for port in ports), name
+        assert all(port.display_name for port in schema.outputs), name
         assert len({i.id for i in schema.inputs}) == len(schema.inputs), name
         takes = inspect.signature(node.execute).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
@@ -75,6 +77,13 @@ def test_defaults_sample(nodes, name):
     if name != "DenseBackend":
         assert "12 sparse calls, 4 dense" in text and picture.min() < 0.9
         assert "density by step: 1: 0." in text
+
+
+def test_the_scripts_are_shipped(nodes):
+    source = (ROOT / "__init__.py").read_text()
+    (folder,) = re.findall(r'WEB_DIRECTORY = "(.*)"', source)
+    assert list((ROOT / folder).glob("*.js"))
+    assert '"gen_accel.comfy" = ["web/*.js"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_presets_override(nodes):

@@ -267,6 +267,19 @@ def test_context_windows(server):
     assert "16 sparse calls, 0 dense" in text_of(outputs)
 
 
+@pytest.mark.parametrize("name, ours", [("pooled", True), ("paro", False)])
+def test_skip_layer_guidance(server, name, ours):
+    kind, settings = SETTINGS[name]
+    skip = ("SkipLayerGuidanceDiT", {
+        "double_layers": "0", "single_layers": "", "scale": 3.0, "start_percent": 0.0,
+        "end_percent": 1.0, "rescaling_scale": 0.0,
+    })  # fmt: skip
+    patch = (kind, settings | ALWAYS | {"start_percent": 0.5})
+    report = text_of(run(server, with_report(graph("wan", patch, skip))))
+    declined = "a node replaces blocks, and which of them calls is not known" in report
+    assert declined != ours and re.search(r"[1-9]\d* sparse calls", report)
+
+
 def test_area_conditioning(server):
     nodes = graph("flux", (SPARSE, SETTINGS["pooled"][1] | ALWAYS))
     nodes["area"] = node("ConditioningSetArea", conditioning=["tiny", 2], width=192, height=256,
