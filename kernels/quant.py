@@ -29,7 +29,7 @@ from gen_accel.kernels.tail import Pooled
 P_TILE = 64  # keys of one tile of weights, or the key block where that is smaller
 LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # largest code of q, k and v
 P_LEVELS = {"int8": 127.0, "int4": 15.0, "fp8": 448.0}  # weights have no sign: 4 bits count to 15
-_TINY = 2.0**-119  # in place of the maximum of a group of zeros: LEVELS / _TINY is finite
+TINY = 2.0**-119  # in place of the maximum of a group of zeros: LEVELS / TINY is finite
 
 EMULATED = "emulated: accuracy only, no speed"
 
@@ -148,7 +148,7 @@ def quantise_rows(x: Tensor, kind: str, rows: int, mean: Tensor | None = None) -
     if mean is not None:
         groups = groups - mean[:, :, :, None]
         groups.flatten(2, 3)[:, :, x.shape[1] :] = 0  # no token there has a say in a maximum
-    peak = groups.abs().amax((-1, -2)).clamp_min(_TINY)
+    peak = groups.abs().amax((-1, -2)).clamp_min(TINY)
     codes = torch.round(groups * (LEVELS[kind] / peak)[..., None, None]).to(torch.int8)
     return Codes(_ungroup(codes, x.shape[1]), peak / LEVELS[kind], rows)
 
@@ -156,7 +156,7 @@ def quantise_rows(x: Tensor, kind: str, rows: int, mean: Tensor | None = None) -
 def quantise_values(v: Tensor, kind: str, rows: int) -> Codes:
     """Codes with one scale per head, group of tokens and channel."""
     groups = _group(v, rows)
-    peak = groups.abs().amax(3).clamp_min(_TINY)
+    peak = groups.abs().amax(3).clamp_min(TINY)
     codes = groups * (LEVELS[kind] / peak)[:, :, :, None]
     if kind == "fp8":
         # A product may come out a unit above the largest number, and there is nothing above it.

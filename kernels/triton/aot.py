@@ -16,10 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gen_accel.kernels.quant import P_LEVELS, PRECISIONS
 from gen_accel.kernels.triton import interpreter
 from gen_accel.kernels.triton.config import DEVICES, SHARED, Config, Key, choose
 from gen_accel.kernels.triton.forward import attention_forward
-from gen_accel.kernels.triton.launch import compiled_with
+from gen_accel.kernels.triton.launch import compiled_with, quantised_with, tile_of_keys
 
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = ((128, 128), (64, 64))
@@ -35,7 +36,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-_FLOATS = ("lse", "pool_bias", "ratio", "shift")
+_FLOATS = ("lse", "pool_bias", "ratio", "shift", "q_scale", "k_scale", "v_scale", "q_shift")
 _INTS = (
     "counts", "lists", "rule_counts", "rule_lists", "rule_rows", "items", "num_items",
     "rule_key", "rule_low", "rule_high", "listed", "places",
@@ -56,6 +57,7 @@ class Kernel(NamedTuple):
         config = self.config
         return {
             "device": f"sm_{self.key.capability}",
+            "precision": self.key.precision or self.key.dtype,
             "head_dim": str(self.key.head_dim),
             "mask block": "x".join(map(str, self.key.block)),
             "rows merged": str(self.group),
@@ -130,17 +132,19 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     if interpreter.active():
         raise ValueError("TRITON_INTERPRET is set, so nothing is compiled: unset it")
     key, config = kernel.key, kernel.config
-    keys = min(config.keys, key.block[1])
+    quantised = _quantised(key.precision)
+    keys = tile_of_keys(config, key.block[1], quantised["K_GROUP"])
     constants = {
         "HEAD_DIM": key.head_dim, "BLOCK_D": key.head_dim,
         "BLOCK_Q": key.block[0], "BLOCK_KV": key.block[1], "GROUP": kernel.group,
         "WINDOW": False, "RAGGED": False, "RECTIFIED": False, "POOLED": False, "VARIANCE": False,
         "PLACES": 0, "LSE": False,
         **FEATURES[kernel.feature], **compiled_with(config, keys, config.tma),
+        **quantised,
     }  # fmt: skip
     unused = _unused(constants)
     names = attention_forward.arg_names
-    kinds = {name: _kind(name, constants, unused, key.dtype) for name in names}
+    kinds = {name: _kind(name, constants, unused, key) for name in names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
@@ -174,6 +178,15 @@ def problem(kernel: Kernel, compiled: Compiled) -> str | None:
     return None
 
 
+def _quantised(name: str) -> dict[str, int]:
+    precision = PRECISIONS.get(name)
+    if precision is None:
+        return quantised_with()
+    by_block = precision.v_scale == "block"
+    v_rows = precision.k_rows if by_block else 0
+    return quantised_with(precision.q_rows, precision.k_rows, v_rows, precision.pv)
+
+
 def _unused(constants: dict[str, Any]) -> set[str]:
     """Pointers that a launch leaves out."""
     needs = {
@@ -186,11 +199,14 @@ def _unused(constants: dict[str, Any]) -> set[str]:
         **dict.fromkeys(("ratio", "shift"), constants["RECTIFIED"]),
         "places": constants["PLACES"],
         "lse": constants["LSE"],
+        **dict.fromkeys(("q_scale", "k_scale"), constants["Q_GROUP"]),
+        "v_scale": constants["LEVELS"],
+        "q_shift": constants["Q_GROUP"] and constants["LSE"],
     }
     return {name for name, needed in needs.items() if not needed}
 
 
-def _kind(name: str, constants: dict[str, Any], unused: set[str], dtype: str) -> str:
+def _kind(name: str, constants: dict[str, Any], unused: set[str], key: Key) -> str:
     if name in constants or name in unused:
         return "constexpr"
     if name in _FLOATS:
@@ -198,11 +214,18 @@ def _kind(name: str, constants: dict[str, Any], unused: set[str], dtype: str) ->
     if name in _INTS:
         return "*i32"
     if name in ("q", "k", "v", "out", "pool_key", "pool_value", "pool_variance"):
-        dtype = "bf16" if name == "pool_variance" else dtype
+        dtype = "bf16" if name == "pool_variance" else key.dtype
+        if name in ("q", "k") and constants["Q_GROUP"]:
+            dtype = "i8"
+        elif name == "v" and constants["LEVELS"]:
+            dtype = "fp8e4nv" if constants["LEVELS"] == P_LEVELS["fp8"] else "i8"
         if name in ("q", "out") or not constants["TMA"]:
             return f"*{dtype}"
         rows = constants["TILE_TAIL" if name.startswith("pool") else "TILE_KV"]
-        return f"tensordesc<{dtype}[1,{rows},1,{constants['BLOCK_D']}]>"
+        width = constants["BLOCK_D"]
+        turned = name == "v" and constants["LEVELS"]
+        box = f"1,1,{width},{rows}" if turned else f"1,{rows},1,{width}"
+        return f"tensordesc<{dtype}[{box}]>"
     return "fp32" if name == "scale" else "i32"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.operands import operands
 
 _HALF = (torch.bfloat16, torch.float16)
 _BLOCKS = tuple(2**n for n in range(4, 11))
@@ -26,12 +27,14 @@ def missing() -> str | None:
 
 def limits(call: Call) -> str | None:
     """What the kernel cannot do."""
-    if call.precision is not None:
-        return "quantised calls: use impl='reference'"
     if call.q.device.type != "cuda" and not _interpreted():
         return f"tensors on {call.q.device.type}: move them to a GPU, or use impl='gather'"
     dtype = call.compute or call.q.dtype
-    if dtype not in _HALF:
+    if call.precision is not None:
+        limit = _precision_limits(call)
+        if limit is not None:
+            return limit
+    elif dtype not in _HALF:
         name = str(dtype).removeprefix("torch.")
         return f"{name}: it computes in half precision; set precision='bf16', or impl='gather'"
     if call.q.shape[3] > 256:
@@ -43,11 +46,42 @@ def limits(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
-    from gen_accel.kernels.triton.launch import attend
+    from gen_accel.kernels.triton.launch import attend, attend_codes
 
+    options = {"tail": call.tail, "return_lse": call.return_lse}
+    if call.precision is not None:
+        codes = operands(*call[:3], call.precision)
+        return attend_codes(codes, call.blocks, call.scale, **options)
     q, k, v = (x.to(call.compute or x.dtype) for x in call[:3])
-    out, lse = attend(q, k, v, call.blocks, call.scale, tail=call.tail, return_lse=call.return_lse)
+    out, lse = attend(q, k, v, call.blocks, call.scale, **options)
     return out.to(call.q.dtype), lse
+
+
+def _precision_limits(call: Call) -> str | None:
+    precision = call.precision
+    assert precision is not None
+    if precision.qk != "int8" or precision.pv == "int4" or precision.smooth_q:
+        return "int4: no kernel, Hopper and Blackwell have no tensor core for it; use impl='gather'"
+    if precision.p_scale != "tile":
+        return f"p_scale={precision.p_scale!r}: only the reference has it; use impl='reference'"
+    if call.q.dtype == torch.float64:
+        return "float64: it quantises what fp32 holds; cast the inputs"
+    if precision.pv is None:
+        return None
+    if precision.pv == "fp8" and not _has_fp8(call.q.device):
+        return "8-bit floats need an NVIDIA GPU of capability 8.9: use precision='int8+int8'"
+    if call.blocks is not None and call.blocks.block_kv < 32:
+        return (
+            f"block_kv={call.blocks.block_kv}: 8-bit products sum over 32 keys at least; "
+            "plan with block=64 or 128, or use precision='int8'"
+        )
+    return None
+
+
+def _has_fp8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True  # in the interpreter
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _block_limits(call: Call) -> str | None:

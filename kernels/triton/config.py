@@ -46,6 +46,7 @@ class Key(NamedTuple):
         masked: Whether some blocks need an element rule, or stand-ins carry variances: either takes
             registers.
         tail: Whether stand-ins are scored.
+        precision: How the call is quantised, a name of `quant.PRECISIONS`, or ``""``.
     """
 
     capability: int
@@ -54,6 +55,7 @@ class Key(NamedTuple):
     block: tuple[int, int]
     masked: bool = False
     tail: bool = False
+    precision: str = ""
 
 
 # Shared memory a program may take, in bytes.

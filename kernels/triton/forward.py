@@ -4,6 +4,10 @@ Program i takes tile i of a queue: heads one by one, so that their keys stay in 
 lists of a head first. It walks the key blocks that the tile's list names, in one online softmax:
 first those without an element mask, then the others, then the stand-ins of a joint tail.
 
+Quantised calls (`quant.Precision`) differ in three places: scores are integers with a factor for
+each row and tile of keys, weights are rounded relative to the tile's own maximum, and values come
+channel by channel, because 8-bit matrix products want both operands along the axis they sum over.
+
 The programs are not persistent: as a loop over tiles the same code takes every register of sm_90
 (255 instead of 202 for plain lists, head_dim 128) and spills with windows and stand-ins.
 """
@@ -42,6 +46,8 @@ def attention_forward(
     pool_key, pool_value, pool_variance, pool_bias, listed, ratio, shift,
     # Where the rows of out stand, see `launch`.
     places,
+    # Scales and shift of the codes, see `operands.Operands`.
+    q_scale, k_scale, v_scale, q_shift,
     scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     out_batch, out_token, out_head, pool_batch, pool_token, pool_head,
@@ -55,12 +61,17 @@ def attention_forward(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, RECTIFIED: tl.constexpr,
     POOLED: tl.constexpr, VARIANCE: tl.constexpr, PLACES: tl.constexpr, LSE: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    Q_GROUP: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as there may be items. A tile is TILE_Q queries of one head.
 
     GROUP is 1 where a list belongs to one mask row, else the number of mask rows it was merged
     from. Strides count elements, those of lists count rows; the innermost stride of q, k, v and out
     is 1.
+
+    With Q_GROUP, q and k are codes, and that many queries (K_GROUP keys) share a scale. With LEVELS
+    values are codes too, ``v_token`` from channel to channel, and weights are rounded to 0..LEVELS;
+    V_GROUP keys share a scale per channel, or with 0 all keys.
     """
     SPLIT: tl.constexpr = BLOCK_KV // TILE_KV
     LIST_Q: tl.constexpr = TILE_Q if GROUP > 1 else BLOCK_Q
@@ -79,6 +90,17 @@ def attention_forward(
             q + _base(batch, q_batch, head, q_head) + rows[:, None].to(tl.int64) * q_token + dims,
             mask=inside, other=0.0,
         )  # fmt: skip
+        row_slope = slope
+        key_scales = k_scale
+        value_scales = v_scale
+        if Q_GROUP:
+            pair = batch * heads + head
+            group = pair * tl.cdiv(q_len, Q_GROUP) + tl.minimum(rows, q_len - 1) // Q_GROUP
+            row_scale = tl.load(q_scale + group)
+            row_slope = row_scale * slope
+            key_scales += pair * tl.cdiv(kv_len, K_GROUP)
+            if V_GROUP:
+                value_scales += pair.to(tl.int64) * tl.cdiv(kv_len, V_GROUP) * HEAD_DIM
         keys_of = k if TMA else k + _base(batch, k_batch, head, k_head)
         values_of = v if TMA else v + _base(batch, v_batch, head, v_head)
         peak = tl.full([TILE_Q], _NOTHING, tl.float32)
@@ -95,17 +117,27 @@ def attention_forward(
             cut = (last == key_blocks - 1).to(tl.int32)
         steps = (count - cut) * SPLIT
         block = tl.load(entries)
+        unit = 1.0
+        if K_GROUP:
+            unit = _key_scale(key_scales, block * BLOCK_KV, kv_len, K_GROUP, steps > 0)
         for i in tl.range(0, steps, num_stages=STAGES):
             start = block * BLOCK_KV + i % SPLIT * TILE_KV
+            factor = row_slope * unit if K_GROUP else row_slope
             # One step ahead, in a register: left to itself the compiler prefetches it through
             # shared memory, which costs a barrier a step and many registers.
             block = tl.load(entries + tl.minimum(i + 1, steps - 1) // SPLIT)
+            if K_GROUP:
+                ahead = block * BLOCK_KV + (i + 1) % SPLIT * TILE_KV
+                unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
             keys = _tile(keys_of, k_token, batch, head, start, kv_len,
                          HEAD_DIM, BLOCK_D, TILE_KV, TMA, False)  # fmt: skip
-            scores = tl.dot(queries, keys.T)
-            values = _tile(values_of, v_token, batch, head, start, kv_len,
-                           HEAD_DIM, BLOCK_D, TILE_KV, TMA, False)  # fmt: skip
-            acc, peak, norm = _accumulate(acc, peak, norm, scores, slope, values)
+            scores = _scores(queries, keys, K_GROUP)
+            values = _values(values_of, v_token, batch, head, start, kv_len,
+                             HEAD_DIM, BLOCK_D, TILE_KV, TMA, False, LEVELS)  # fmt: skip
+            acc, peak, norm = _accumulate(
+                acc, peak, norm, scores, factor, values, value_scales, start, kv_len,
+                HEAD_DIM, K_GROUP, V_GROUP, LEVELS,
+            )  # fmt: skip
 
         if WINDOW or GROUP > 1 or RAGGED:
             RULE_STAGES: tl.constexpr = STAGES if WINDOW or GROUP > 1 or not TMA else 1
@@ -126,10 +158,14 @@ def attention_forward(
                 listed_block = tl.load(rule_entries)
             if GROUP > 1:
                 listed_rows = tl.load(rule_bits)
+            if K_GROUP:
+                ahead = tl.where(ruled > 0, listed_block, final) * BLOCK_KV
+                unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
             for i in tl.range(0, (ruled + cut) * SPLIT, num_stages=RULE_STAGES):
                 entry = i // SPLIT
                 block = tl.where(entry < ruled, listed_block, final)
                 start = block * BLOCK_KV + i % SPLIT * TILE_KV
+                factor = row_slope * unit if K_GROUP else row_slope
                 # Bit r: the tile's mask row r lists the block as full; bit GROUP + r: as partial.
                 bits = tl.where(entry < ruled, listed_rows, (1 << GROUP) - 1)
                 ahead = tl.minimum((i + 1) // SPLIT, rule_width - 1)
@@ -137,11 +173,15 @@ def attention_forward(
                     listed_block = tl.load(rule_entries + ahead)
                 if GROUP > 1:
                     listed_rows = tl.load(rule_bits + ahead)
+                if K_GROUP:
+                    following = tl.where((i + 1) // SPLIT < ruled, listed_block, final)
+                    ahead = following * BLOCK_KV + (i + 1) % SPLIT * TILE_KV
+                    unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
                 keys = _tile(keys_of, k_token, batch, head, start, kv_len,
                              HEAD_DIM, BLOCK_D, TILE_KV, TMA, True)  # fmt: skip
-                scores = tl.dot(queries, keys.T)
-                values = _tile(values_of, v_token, batch, head, start, kv_len,
-                               HEAD_DIM, BLOCK_D, TILE_KV, TMA, True)  # fmt: skip
+                scores = _scores(queries, keys, K_GROUP)
+                values = _values(values_of, v_token, batch, head, start, kv_len,
+                                 HEAD_DIM, BLOCK_D, TILE_KV, TMA, True, LEVELS)  # fmt: skip
                 columns = start + tl.arange(0, TILE_KV)
                 visible = (columns < kv_len)[None, :]
                 if GROUP > 1:
@@ -161,7 +201,14 @@ def attention_forward(
                 elif GROUP > 1:
                     visible = visible & whole[:, None]
                 scores = tl.where(visible, scores, -float("inf"))
-                acc, peak, norm = _accumulate(acc, peak, norm, scores, slope, values)
+                acc, peak, norm = _accumulate(
+                    acc, peak, norm, scores, factor, values, value_scales, start, kv_len,
+                    HEAD_DIM, K_GROUP, V_GROUP, LEVELS,
+                )  # fmt: skip
+
+        if LEVELS and not V_GROUP:
+            channel = (batch * heads + head) * HEAD_DIM + dims
+            acc *= tl.load(v_scale + channel, mask=dims < HEAD_DIM, other=0.0)[None, :]
 
         if POOLED:
             first = tile * TILE_Q // BLOCK_Q
@@ -169,6 +216,10 @@ def attention_forward(
             means = pool_key if TMA else pool_key + pool
             values_of = pool_value if TMA else pool_value + pool
             spreads = pool_variance
+            if Q_GROUP:  # codes are exact in 16 bits
+                queries = queries.to(tl.float32)
+                queries = queries.to(pool_value.dtype if TMA else pool_value.dtype.element_ty)
+                row_slope = row_slope[:, None]
             squares = queries
             if VARIANCE:
                 spreads = pool_variance if TMA else pool_variance + pool
@@ -177,11 +228,14 @@ def attention_forward(
             for start in tl.range(0, num_pooled, TILE_TAIL, num_stages=TAIL_STAGES):
                 keys = _tile(means, pool_token, batch, head, start, num_pooled,
                              HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
-                scores = tl.dot(queries, keys.T) * slope
+                scores = tl.dot(queries, keys.T) * row_slope
                 if VARIANCE:
                     spread = _tile(spreads, pool_token, batch, head, start, num_pooled,
                                    HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
-                    scores += tl.dot(squares, spread.T) * (slope * scale / 2)
+                    steep = row_slope * scale / 2
+                    if Q_GROUP:
+                        steep *= row_scale[:, None]
+                    scores += tl.dot(squares, spread.T) * steep
                 values = _tile(values_of, pool_token, batch, head, start, num_pooled,
                                HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
                 columns = start + tl.arange(0, TILE_TAIL)
@@ -198,7 +252,9 @@ def attention_forward(
                 else:
                     hidden = _is_listed(flags, first, stands_for, listed_width, real)
                     scores = tl.where(hidden[None, :], -float("inf"), scores)
-                acc, peak, norm = _accumulate(acc, peak, norm, scores, 1.0, values)
+                acc, peak, norm = _accumulate(
+                    acc, peak, norm, scores, 1.0, values, v_scale, 0, 1, HEAD_DIM, 0, 0, 0
+                )
 
         seen = norm > 0
         acc = acc / tl.where(seen, norm, 1.0)[:, None]
@@ -231,6 +287,9 @@ def attention_forward(
         )  # fmt: skip
         if LSE:
             total_mass = (peak + tl.math.log2(tl.where(seen, norm, 1.0))) * _LN_2
+            if Q_GROUP:
+                shifts = q_shift + (batch * heads + head).to(tl.int64) * q_len + rows
+                total_mass += scale * tl.load(shifts, mask=rows < q_len, other=0.0)
             tl.store(
                 lse + (batch * heads + head).to(tl.int64) * out_len + token,
                 tl.where(seen, total_mass, -float("inf")),
@@ -239,14 +298,98 @@ def attention_forward(
 
 
 @triton.jit
-def _accumulate(acc, peak, norm, scores, slope, values):
+def _scores(queries, keys, K_GROUP: tl.constexpr):
+    scores = tl.dot(queries, keys.T)
+    if K_GROUP:
+        scores = scores.to(tl.float32)
+    return scores
+
+
+@triton.jit
+def _key_scale(key_scales, start, kv_len, K_GROUP: tl.constexpr, exists):
+    """Scale of the tile of keys that begins there."""
+    return tl.load(key_scales + tl.minimum(start, kv_len - 1) // K_GROUP, mask=exists, other=1.0)
+
+
+@triton.jit
+def _accumulate(
+    acc, peak, norm, scores, factor, values, value_scales, start, kv_len,
+    HEAD_DIM: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax; everything is rescaled when the maximum moves."""
-    highest = tl.maximum(peak, tl.max(scores, 1) * slope)
-    weights = tl.math.exp2(scores * slope - highest[:, None])
+    if K_GROUP:
+        factor = tl.maximum(factor, 1e-30)  # at 0 a hidden score would be 0 times infinity
+    top = tl.max(scores, 1) * factor
+    if K_GROUP:
+        factor = factor[:, None]
+    if LEVELS:
+        # A fused multiply-add must not come out above its own rounded maximum: 128 is no int8.
+        top = tl.maximum(top, _NOTHING)
+        top += tl.abs(top) * 2.0**-23
+    highest = tl.maximum(peak, top)
     fade = tl.math.exp2(peak - highest)
-    norm = norm * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None])
+    if LEVELS:
+        # Relative to the tile's own maximum: rounding does not depend on the other tiles.
+        weights = tl.math.exp2(scores * factor - top[:, None]) * LEVELS
+        codes, total = _rounded(weights, values.dtype)
+        share = tl.math.exp2(top - highest) * (1.0 / LEVELS)
+        norm = norm * fade + total * share
+        # In the order of keys in which values are stored, see `operands.turn`.
+        ROWS: tl.constexpr = codes.shape[0]
+        KEYS: tl.constexpr = codes.shape[1]
+        codes = codes.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+        part = tl.dot(codes, values).to(tl.float32)
+        if V_GROUP:
+            dims = tl.arange(0, acc.shape[1])
+            scales = value_scales + tl.minimum(start, kv_len - 1) // V_GROUP * HEAD_DIM + dims
+            part *= tl.load(scales, mask=dims < HEAD_DIM, other=0.0)[None, :]
+        acc = acc * fade[:, None] + part * share[:, None]
+    else:
+        weights = tl.math.exp2(scores * factor - highest[:, None])
+        norm = norm * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None])
     return acc, highest, norm
+
+
+@triton.jit
+def _rounded(weights, dtype: tl.constexpr):
+    """Codes of weights, ties to even, and the sum of each row's."""
+    if dtype == tl.int8:
+        # 1.5 * 2^23 pushes the fraction out; what is left of the bits is the integer.
+        bits = (weights + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        codes = bits.to(tl.int8)
+        total = tl.sum(bits, 1).to(tl.float32)
+    else:
+        codes = weights.to(dtype)
+        total = tl.sum(codes.to(tl.float32), 1)
+    return codes, total
+
+
+@triton.jit
+def _values(
+    x, stride, batch, head, start, length,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    TMA: tl.constexpr, RAGGED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """``[TILE, BLOCK_D]`` values; TURNED: as `operands.turn` stores them."""
+    if TURNED:
+        if TMA:
+            tile = x.load([batch, head, 0, start]).reshape(BLOCK_D, TILE)
+        else:
+            row = tl.arange(0, TILE)
+            dims = tl.arange(0, BLOCK_D)
+            place = x + start + (dims[:, None] * stride + row[None, :])
+            if RAGGED:  # they end with a tile
+                mask = (dims < HEAD_DIM)[:, None] & (start < length)
+                tile = tl.load(place, mask=mask, other=0.0)
+            elif HEAD_DIM < BLOCK_D:
+                tile = tl.load(place, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+            else:
+                tile = tl.load(place)
+        tile = tile.T
+    else:
+        tile = _tile(x, stride, batch, head, start, length, HEAD_DIM, BLOCK_D, TILE, TMA, RAGGED)
+    return tile
 
 
 @triton.jit

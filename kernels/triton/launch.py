@@ -11,7 +11,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.operands import Operands
 from gen_accel.kernels.prepare import AxisPlaces, IndexPlaces, Places
+from gen_accel.kernels.quant import P_LEVELS, shift_stand_ins
 from gen_accel.kernels.tail import Pooled, Rectified, Tail
 from gen_accel.kernels.triton import config as configs
 from gen_accel.kernels.triton import interpreter
@@ -22,6 +24,7 @@ from gen_accel.kernels.triton.tiles import Tiles, every_tile, listed_bits, make_
 _DENSE_BLOCK = 128
 TAIL_KEYS = 64  # stand-ins per step, at most
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 def attend(
@@ -54,14 +57,46 @@ def attend(
         out ``[B, tokens, H, D]``, contiguous, and the natural log-sum-exp, fp32 ``[B, H, tokens]``
         or None. The tokens are those of q, or with ``places`` those of the model.
     """
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return _attend(q, k, v, None, blocks, scale, tail, places, return_lse, config)
+
+
+def attend_codes(
+    codes: Operands,
+    blocks: Blocks | None,
+    scale: float,
+    *,
+    tail: Tail | None = None,
+    places: Places | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` on quantised tensors, which stand in the order that the blocks are for."""
+    v = codes.values
+    if codes.v is not None:
+        v = codes.v.codes.permute(0, 3, 1, 2)
+    elif v is not None:
+        v = v.to(_half(codes.dtype))
+        v = v if v.stride(3) == 1 else v.contiguous()
+    options = (tail, places, return_lse, config)
+    return _attend(codes.q.codes, codes.k.codes, v, codes, blocks, scale, *options)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, codes: Operands | None, blocks: Blocks | None, scale: float,
+    tail: Tail | None, places: Places | None, return_lse: bool, config: Config | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A tensor v whose channels are not side by side is one of codes."""
     if interpreter.active():
         interpreter.repair()
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    dtype = q.dtype if codes is None else codes.dtype
+    half = _half(dtype)
+    scales, groups_of = _scales(codes, scale)
     if scale < 0:  # the kernel scales row maxima
         q, scale = -q, -scale
     batch, q_len, heads, dim = q.shape
     tokens, table, order = _order(places, q_len)
-    out = q.new_empty(batch, tokens, heads, dim)
+    out = q.new_empty(batch, tokens, heads, dim, dtype=dtype)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32) if return_lse else None
     block = (_DENSE_BLOCK, _DENSE_BLOCK)
     rule = None
@@ -71,11 +106,12 @@ def attend(
         rule = None if blocks.kv_num_blocks is None else pack(blocks.mask_mod.intervals)
     key = Key(
         _capability(q.device),
-        max(16, triton.next_power_of_2(dim)),
-        _NAMES[q.dtype],
+        _padded(dim, codes is not None),
+        _NAMES[half],
         block,
         rule is not None or block[0] < 128 or varied,
         isinstance(tail, Pooled),
+        _name(codes),
     )
     density = None if blocks is None else blocks.density
     config = config or configs.choose(key, density=density)
@@ -91,9 +127,10 @@ def attend(
             masked = rule is not None or tiles.group > 1 or varied
             chosen = configs.choose(key._replace(masked=masked), tiles.rows)
         arguments, constants = _arguments(q, k, v, out, lse, tiles, blocks, block, rule, scale)
-        more, tail_constants = _tail_arguments(tail, q, blocks)
-        arguments.update(more, places=table, **order[0])
-        constants.update(tail_constants, PLACES=order[1])
+        k_mean = None if codes is None else codes.k_mean
+        more, tail_constants = _tail_arguments(tail, half, blocks, k_mean)
+        arguments.update(more, places=table, **order[0], **scales)
+        constants.update(tail_constants, **groups_of, PLACES=order[1])
         _launch(arguments, constants, chosen)
     return out, lse
 
@@ -120,6 +157,8 @@ def _arguments(
     arguments.update(_list_strides("list", tiles.counts))
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         arguments.update(_strides(name, x))
+    if v.stride(3) != 1:
+        arguments["v_token"] = v.stride(3)  # channel by channel
     if rule is not None:
         arguments.update(
             rule_key=rule.key, rule_low=rule.low, rule_high=rule.high, rule_guard=rule.guard,
@@ -127,7 +166,7 @@ def _arguments(
         )  # fmt: skip
     constants = {
         "HEAD_DIM": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_D": _padded(dim, q.dtype == torch.int8),
         "BLOCK_Q": max(block[0], tiles.rows) if blocks is None else block[0],
         "BLOCK_KV": block[1],
         "GROUP": tiles.group,
@@ -139,7 +178,7 @@ def _arguments(
 
 
 def _tail_arguments(
-    tail: Tail | None, q: Tensor, blocks: Blocks | None
+    tail: Tail | None, dtype: torch.dtype, blocks: Blocks | None, k_mean: Tensor | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments: dict[str, Any] = dict.fromkeys(
         ("pool_key", "pool_value", "pool_variance", "pool_bias", "listed", "ratio", "shift")
@@ -148,7 +187,8 @@ def _tail_arguments(
     arguments.update(dict.fromkeys((*numbers, "listed_batch", "listed_head", "listed_width"), 0))
     if isinstance(tail, Pooled) and blocks is not None:
         bits = listed_bits(blocks)
-        keys, values = (x.to(q.dtype).contiguous() for x in (tail.key, tail.value))
+        tail = shift_stand_ins(tail, k_mean)
+        keys, values = (x.to(dtype).contiguous() for x in (tail.key, tail.value))
         variance = tail.variance
         if variance is not None:
             variance = variance.to(torch.bfloat16).contiguous()  # squares overflow fp16
@@ -170,19 +210,68 @@ def _tail_arguments(
     return arguments, constants
 
 
+def _scales(codes: Operands | None, scale: float) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a quantised call adds to the kernel's arguments and constants."""
+    arguments: dict[str, Any] = dict.fromkeys(("q_scale", "k_scale", "v_scale", "q_shift"))
+    if codes is None:
+        return arguments, quantised_with()
+    arguments.update(q_scale=codes.q.scale, k_scale=codes.k.scale)
+    arguments.update(q_shift=codes.shift if scale >= 0 else -codes.shift)
+    if codes.v is None:
+        return arguments, quantised_with(codes.q.rows, codes.k.rows)
+    arguments.update(v_scale=codes.v.scale)
+    v_rows = codes.v.rows if codes.v.scale.shape[2] > 1 else 0
+    return arguments, quantised_with(
+        codes.q.rows, codes.k.rows, v_rows, _CODES[codes.v.codes.dtype]
+    )
+
+
+def quantised_with(
+    q_rows: int = 0, k_rows: int = 0, v_rows: int = 0, pv: str | None = None
+) -> dict[str, int]:
+    """The constants of the kernel that say how a call is quantised."""
+    levels = 0 if pv is None else int(P_LEVELS[pv])
+    return {"Q_GROUP": q_rows, "K_GROUP": k_rows, "V_GROUP": v_rows, "LEVELS": levels}
+
+
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """What values are multiplied in where they are not quantised."""
+    return dtype if dtype in _NAMES else torch.bfloat16
+
+
+def _name(codes: Operands | None) -> str:
+    """Which of `quant.PRECISIONS` it is, for `Key`."""
+    if codes is None:
+        return ""
+    return "int8" if codes.v is None else f"int8+{_CODES[codes.v.codes.dtype]}"
+
+
+def _padded(dim: int, quantised: bool) -> int:
+    """Channels of a tile: a power of two that matrix products take."""
+    return max(32 if quantised else 16, triton.next_power_of_2(dim))
+
+
 def _launch(arguments: dict[str, Any], constants: dict[str, Any], config: Config) -> None:
     read = ["k", "v"]
     pools = [n for n in ("pool_key", "pool_value", "pool_variance") if arguments[n] is not None]
     tma = config.tma and all(_describable(arguments[name]) for name in (*read, *pools))
-    fixed = compiled_with(config, min(config.keys, constants["BLOCK_KV"]), tma)
+    keys = tile_of_keys(config, constants["BLOCK_KV"], constants["K_GROUP"])
+    fixed = compiled_with(config, keys, tma)
     if tma:
         for names, rows in ((read, fixed["TILE_KV"]), (pools, fixed["TILE_TAIL"])):
             for name in names:
-                box = [1, rows, 1, constants["BLOCK_D"]]
-                arguments[name] = TensorDescriptor.from_tensor(arguments[name], box)
+                x, box = arguments[name], [1, rows, 1, constants["BLOCK_D"]]
+                if x.stride(3) != 1:
+                    x, box = x.permute(0, 2, 3, 1), [1, 1, constants["BLOCK_D"], rows]
+                arguments[name] = TensorDescriptor.from_tensor(x, box)
     attention_forward[(arguments["items"].numel(),)](
         **arguments, **constants, **fixed, num_warps=config.warps, num_stages=config.stages
     )
+
+
+def tile_of_keys(config: Config, block_kv: int, k_rows: int) -> int:
+    """Keys per tile: those that share a scale in quantised calls, whatever the configuration."""
+    return min(k_rows or config.keys, block_kv)
 
 
 def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
@@ -190,7 +279,7 @@ def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
     return {
         "TILE_Q": config.rows,
         "TILE_KV": keys,
-        "TILE_TAIL": min(TAIL_KEYS, keys),
+        "TILE_TAIL": min(TAIL_KEYS, config.keys, keys),
         "TMA": tma,
         "STAGES": config.stages,
         "TAIL_STAGES": 2 if tma else 1,  # prefetching through pointers spills registers
@@ -214,7 +303,8 @@ def _list_strides(name: str, counts: Tensor) -> dict[str, int]:
 
 def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can address it."""
-    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    wide = sorted(x.stride())[1:]  # the innermost is 1
+    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in wide)
     return aligned and x.data_ptr() % 16 == 0
 
 
