@@ -186,8 +186,11 @@ class Run:
     # -- inside --------------------------------------------------------------------------------
 
     def _make(self, model: Any, q: Tensor, k: Tensor, v: Tensor) -> Engine:
+        impl = self.policy.impl
+        if impl == "auto" and q.device.type == "cuda":
+            impl = "triton"  # no other was shown to beat ComfyUI's own attention there
         try:
-            choose(q, k, v, None, impl=self.policy.impl)
+            choose(q, k, v, None, precision=self.policy.precision, impl=impl)
         except ValueError as error:
             raise Unsupported(str(error)) from error
         first, last = self.span.dense_steps(self._sigmas, self._percent_to_sigma)

@@ -89,8 +89,8 @@ def schedule() -> list[Any]:
             options=["auto", "fp32", "bf16", "fp16", *PRECISIONS],
             default="auto",
             optional=True,
-            tooltip="Numbers that sparse attention computes in; auto is the model's. Quantised "
-            "ones are fast only where the GPU has them; elsewhere they show the accuracy.",
+            tooltip="Numbers that sparse attention computes in; auto is the model's, with PARO "
+            "INT8 where a kernel for it runs. Elsewhere quantised ones only show the accuracy.",
         ),
         io.Combo.Input(
             "block",
@@ -98,6 +98,14 @@ def schedule() -> list[Any]:
             default=AUTO,
             optional=True,
             tooltip="Tokens per block; auto picks by the length of the video.",
+        ),
+        io.Combo.Input(
+            "carrier",
+            options=[AUTO, "triton", "gather", "flex"],
+            default=AUTO,
+            optional=True,
+            tooltip="What computes sparse attention: auto is triton on a GPU, where calls it "
+            "cannot run stay dense, and gather elsewhere.",
         ),
         io.Boolean.Input(
             "profile",
@@ -115,6 +123,7 @@ def settings(
     min_tokens: int = 4096,
     precision: str = "auto",
     block: str = AUTO,
+    carrier: str = AUTO,
     profile: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `schedule` asked for, as arguments of a policy and of a patch."""
@@ -123,6 +132,7 @@ def settings(
         "min_tokens": min_tokens,
         "precision": precision,
         "block": None if block == AUTO else numbers("block", block),
+        "impl": carrier,
     }
     return policy, {"span": Span(start_percent, end_percent), "profile": profile}
 

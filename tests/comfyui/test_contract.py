@@ -98,6 +98,22 @@ def test_what_is_not_ours_is_declined_with_one_line_each(caplog):
     assert len(said) == 1 and "24 tokens, the latents and their text have 280" in said[0]
 
 
+def test_a_carrier_that_cannot_is_declined(monkeypatch):
+    model, latent = tiny("wan")
+    model.model.head_dim, model.model.heads = 320, 1
+    policy = SparseProcessor(**SPARSE, impl="triton", precision="bf16")
+    sparse = patched(model, policy)
+    monkeypatch.setattr(model.model, "attend", lambda q, k, v, context, options: (
+        fake_comfy.optimized_attention(
+            *(x.flatten(2) for x in (q, k, v)), heads=1, transformer_options=options
+        )
+    ))  # fmt: skip
+    plain = sample(model, latent)
+    assert torch.equal(sample(sparse, latent), plain)
+    (reason,) = last_run(sparse).declined
+    assert "head_dim=320: it takes at most 256" in reason and last_run(sparse).stats.sparse == 0
+
+
 def call(q, k=None, mask=None, **rest):
     k = q if k is None else k
     settings = {"heads": 2, "mask": mask, "rest": rest}

@@ -193,6 +193,15 @@ def test_dense_backends(server):
         assert 0 < off < 0.05 if "int8" in backend else off < 1e-4, backend
 
 
+def test_precisions(server):
+    kind, settings = SETTINGS["pooled"]
+    exact = sampled(server, "wan", (kind, settings | ALWAYS))
+    for precision in ("fp32", "bf16", "int8", "int8+int8", "int8+fp8", "int4"):
+        out = sampled(server, "wan", (kind, settings | ALWAYS | {"precision": precision}))
+        off = (out - exact).norm() / exact.norm()
+        assert off == 0 if precision == "fp32" else 0 < off < 0.05, (precision, off)
+
+
 def test_nodes_chain(server):
     """The dense backend keeps what the sparse node before it set, and the other way round."""
     sparse = (SPARSE, SETTINGS["pooled"][1] | ALWAYS | {"start_percent": 0.5})
