@@ -292,3 +292,24 @@ def test_lists_beyond_the_budget_are_made_anew(monkeypatch):
     with apply(pipe, paro()) as handle:
         assert torch.equal(tiny.run(pipe, **call), expected)
         assert len(handle.components[0].planner._lists) == 1
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_wan, tiny.tiny_hunyuan, tiny.tiny_flux])
+def test_compile_lasts_until_the_processors_go(build, monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **given: compiled(m, **given, backend="eager")
+    )
+    torch._dynamo.reset()
+    pipe, call = setup(build)
+    with apply(pipe, paro(density=0.4)):
+        expected = tiny.run(pipe, **call)
+    blocks = [m for m in pipe.transformer.modules() if type(m).__name__.endswith("Block")]
+    with apply(pipe, paro(density=0.4), compile=True) as handle:
+        assert sum(block._compiled_call_impl is not None for block in blocks) == len(
+            handle.components[0].taken
+        )
+        out = tiny.run(pipe, **call)
+        assert handle.stats()["transformer"].sparse
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    assert all(block._compiled_call_impl is None for block in blocks)

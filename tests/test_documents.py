@@ -1,0 +1,208 @@
+"""Tables of numbers in the documents say what the committed result rows say, cell by cell."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gen_accel.cli.e2e_page import BEGIN, END, e2e_tables, newest
+from gen_accel.eval.harness import read_rows
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "eval" / "results"
+E2E = RESULTS / "e2e_cpu.jsonl"
+
+
+@cache
+def rows(name):
+    return read_rows(RESULTS / f"{name}.jsonl")
+
+
+def the(found):
+    """The newest of rows for the same thing; there has to be one."""
+    assert found, "no such row"
+    return found[-1]
+
+
+def call(file, kind, dim, dtype, **wanted):
+    """Speed-up of whole calls over SDPA and over the fastest dense form."""
+    both = []
+    for over in ("SDPA", "fastest dense"):
+        config = {**wanted, "dtype": dtype, "over": over}
+        both.append(
+            the(
+                [
+                    row
+                    for row in rows(file)
+                    if row["kind"] == f"{kind} speed-up"
+                    and row["name"] == "whole call"
+                    and row["shape"][3] == dim
+                    and config.items() <= row["config"].items()
+                ]
+            )["value"]
+        )
+    return both
+
+
+def static_call(row, column):
+    dim, dtype = re.fullmatch(r"d (\d+), (\w+)", row).groups()
+    mask = column.replace("unbalanced", "calibrated")
+    return "{:.2f}x ({:.2f}x)".format(
+        *call("attention_cpu", "attention", int(dim), dtype, mask=mask)
+    )
+
+
+def chosen_call(row, column):
+    dim, dtype, density = re.fullmatch(r"d (\d+), (\w+), ([\d.]+)", row).groups()
+    tail, _, parts = column.partition(", ")
+    mask = f"{density}, {parts or 'block means'}, {tail}"
+    return "{:.2f}x".format(call("pooled_cpu", "pooled", int(dim), dtype, mask=mask)[0])
+
+
+def named(file, name, kind=None, **config):
+    return the(
+        [
+            row
+            for row in rows(file)
+            if row["name"] == name
+            and kind in (None, row["kind"])
+            and config.items() <= row["config"].items()
+        ]
+    )
+
+
+def selection(row, column):
+    found = named("tails_toy", row, "selection", density=float(column))
+    config = found["config"]
+    # One that keeps more than it was asked for says so.
+    keeps = f", keeps {config['kept']:.2f}" if config["kept"] > 1.2 * config["density"] else ""
+    return f"{found['value']:.3f} ({config['share']:.2f}{keeps})"
+
+
+def tail(row, column):
+    density, name = row.split(" ", 1)
+    return f"{named('tails_toy', name, 'tail', density=float(density), tail=column)['value']:.3f}"
+
+
+def interval(found):
+    low, high = found["spread"]
+    return f"{found['value']:.1f} ± {(high - low) / 2:.1f}"
+
+
+def mixture(row, column):
+    return interval(named("mixtures_toy", row.replace("sub-blocks", "pooled"), tail=column))
+
+
+def damage(row, column):
+    return f"{named('damage_cpu', row, damage=column)['value']:.2f}"
+
+
+ORDERS = {
+    "none (raster)": "raster",
+    "mass kept (default)": "mass",
+    "paper, incoherence alone": "paper, incoherence only",
+    "mass kept, masks from 4 of 16 rows": "mass, 4 of 16 rows",
+    "mass kept, masks from 1 of 16 rows": "mass, 1 of 16 rows",
+}
+
+
+def orders(row, column):
+    density = float(column.removeprefix("density "))
+    name, choice = "mass kept on held-out runs", ORDERS.get(row, row)
+    return f"{named('orders_toy', name, choice=choice, density=density)['value']:.3f}"
+
+
+def precision(row, column):
+    found = named("precision_toy", row, "precision", data=column)
+    return f"{found['value']:.4f} ({found['config']['worst']:.4f})"
+
+
+def weights(row, column):
+    found = named("precision_toy", row, "weights", order=column)["value"]
+    return f"{found:.1f}" if row == "incoherence" else f"{found:.4f}"
+
+
+def precise_clips(row, column):
+    found = named("precision_toy", row, "clip", attention=column)
+    return "equal" if found["value"] == 100 else interval(found)
+
+
+# Page and beginning of the table's head -> what a cell has to say.
+TABLES = {
+    ("docs/benchmarks.md", "| | uniform 0.25 |"): static_call,
+    ("docs/benchmarks.md", "| | drop | rectified | joint |"): chosen_call,
+    ("docs/methods.md", "| | 0.25 | 0.125 |"): selection,
+    ("docs/methods.md", "| density, order + selection |"): tail,
+    ("docs/methods.md", "| | drop | rectified+gapr |"): mixture,
+    ("docs/metrics.md", "| | noise | blur |"): damage,
+    ("docs/paro.md", "| order chosen by |"): orders,
+    ("docs/precision.md", "| mean (worst call) |"): precision,
+    ("docs/precision.md", "|  | raster | axis | curve |"): weights,
+    ("docs/precision.md", "|  | all blocks | PARO 0.3 |"): precise_clips,
+}
+# Tables whose numbers are not measurements, or are checked elsewhere.
+OTHERS = {
+    "README.md": ["| | |"],  # versions of models
+    "docs/comfyui.md": ["| model |"],  # versions of models
+    "docs/evaluation.md": [
+        "| limit | means |",  # a default
+        "| setting | density run |",  # an example of `verdict`, whose report has every clip
+    ],
+    "docs/gna.md": ["| model, grid, window |"],  # counted, not timed: tests/test_simulate.py
+    "docs/metrics.md": ["| | definition |"],
+    "docs/paro.md": ["| | |", "| | paper and its public code |"],  # defaults
+    "docs/precision.md": ["| layer |"],  # what a command prints, as an example
+    "docs/spaattn.md": ["| beyond the paper |"],
+    "docs/world.md": ["| | bar | how |"],
+}
+
+
+def tables(page):
+    """Lines of every table outside what a command writes."""
+    text = re.sub(f"{BEGIN}.*?{END}", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    return [part.splitlines() for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+def cells(line):
+    return [cell.strip().strip("*`") for cell in line.strip().strip("|").split("|")]
+
+
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize(("page", "head"), TABLES, ids=str)
+def test_a_table_is_what_its_rows_say(page, head):
+    found = [lines for lines in tables(page) if lines[0].startswith(head)]
+    assert len(found) == 1, f"{page} has {len(found)} tables that begin with {head}"
+    columns = [cell.strip("`") for cell in cells(found[0][0])[1:]]
+    for line in found[0][2:]:
+        row, *values = cells(line)
+        row = row.replace("**", "")
+        expected = [TABLES[page, head](row, column) for column in columns]
+        assert [value.strip("*") for value in values] == expected, row
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_with_numbers_is_checked_or_explained(page):
+    heads = [head for known, head in TABLES if known == page] + OTHERS.get(page, [])
+    for lines in tables(page):
+        if re.search(r"\d\.\d", "".join(lines[2:])):
+            assert any(lines[0].startswith(head) for head in heads), (
+                f"{page}: {lines[0]} has numbers; say in this file which rows they come from"
+            )
+
+
+def test_the_tables_of_whole_steps_are_rendered_from_their_rows():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    between = page.split(BEGIN)[1].split(END)[0].strip()
+    written = e2e_tables(newest(read_rows(E2E))) if E2E.exists() else ""
+    assert between == written
+
+
+def test_rows_were_measured_on_committed_code():
+    """What a row names can be looked up; ``+`` marks a tree with changes of someone's."""
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for row in read_rows(path):
+            assert re.fullmatch(r"[0-9a-f]{7,40}\+?", row["commit"] or ""), path
+            assert row["device"] and row["versions"]["torch"] and row["time"][:2] == "20", path
