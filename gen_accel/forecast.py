@@ -55,7 +55,7 @@ class Rates:
 # Nothing of ours has run on a GPU. Linear and memory were measured on one H200 with torch alone,
 # attention is cuDNN's published rate, the sparse one is the rate our kernel is built to reach.
 ASSUMED = {
-    "h200": Rates(650e12, 576e12, {1.0: 480e12}, 3.4e12, source="assumed, see docs/benchmarks.md")
+    "h200": Rates(650e12, 576e12, {1.0: 480e12}, 3.4e12, source="assumed, see docs/cli.md")
 }
 
 
