@@ -1,0 +1,252 @@
+"""RefAM end to end on tiny random pipelines and on the trained toy."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gen_accel import RefAMPipeline, SpaAttnProcessor, apply
+from gen_accel.eval.toys import load_toy
+from gen_accel.eval.world.render import render
+from gen_accel.eval.world.scene import TOY, sample_scene
+from gen_accel.pipelines.refam import pipeline as module
+from gen_accel.pipelines.refam.pipeline import choose, ground_video
+from helpers import tiny
+
+ROOM = {"max_sequence_length": 128}
+HUNYUAN = {**ROOM, "prompt_template": {"template": "{}", "crop_start": 0}}
+CASES = {
+    "flux": (tiny.tiny_flux, ROOM, 1),
+    "hunyuan": (tiny.tiny_hunyuan, HUNYUAN, 9),
+    "wan": (tiny.tiny_wan, ROOM, 9),
+}
+
+
+def picture(height=64, width=96, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def clip(frames):
+    return [picture(seed=i) for i in range(frames)]
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load_toy("hunyuan-video")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return render(sample_scene(3, TOY.__class__(**{**vars(TOY), "counts": (0, 0.5, 0.5)}), "val"))
+
+
+@pytest.mark.parametrize("direction", ["text", "joint", "rows"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_answers(case, direction):
+    make, options, frames = CASES[case]
+    refam = RefAMPipeline.from_pipe(make()[0])
+    given = {"image": picture()} if frames == 1 else {"video": clip(frames)}
+    out = refam(expression="the red ball", direction=direction, seed=1, draws=2, **given, **options)
+    assert out.heatmap.shape == out.mask.shape == (frames, 64, 96)
+    assert out.mask.dtype == torch.bool and out.mask[out.point]
+    assert float(out.heatmap.min()) >= 0 and float(out.heatmap.max()) <= 1 + 1e-6
+    assert list(out.words) == ["red", "ball"]
+    assert out.words["ball"].shape == out.heatmap.shape
+    assert out.magnets[-1] == "pink" and out.prompt.endswith("is pink")
+    assert out.variation > 0 and out.score >= 1 and 0 < out.stop_share < 1
+    again = refam(expression="the red ball", direction=direction, seed=1, draws=2, **given,
+                  **options)  # fmt: skip
+    assert torch.equal(again.heatmap, out.heatmap)
+
+
+@pytest.mark.parametrize("case", ["hunyuan", "wan"])
+def test_a_picture_is_a_video_of_one_frame(case):
+    make, options, _ = CASES[case]
+    refam = RefAMPipeline.from_pipe(make()[0])
+    one = refam(image=picture(), expression="the ball", **options)
+    same = refam(video=[picture()], expression="the ball", **options)
+    assert one.heatmap.shape == (1, 64, 96) and torch.equal(one.heatmap, same.heatmap)
+
+
+def test_frames_and_sizes_that_do_not_fit_come_back_as_they_were():
+    make, options, _ = CASES["hunyuan"]
+    video = [picture(70, 90, seed=i) for i in range(6)]
+    out = RefAMPipeline.from_pipe(make()[0])(video=video, expression="the ball", **options)
+    assert out.heatmap.shape == (6, 70, 90)
+
+
+def test_what_the_pipeline_is_made_of_stays():
+    pipe, call = tiny.tiny_hunyuan()
+    handle = apply(pipe, SpaAttnProcessor(dense_steps=1.0, min_tokens=0, block=16))
+    before = tiny.run(pipe, **call)
+    refam = RefAMPipeline.from_pipe(pipe)
+    refam(video=clip(5), expression="the ball", **HUNYUAN)
+    assert torch.equal(tiny.run(pipe, **call), before)
+    assert refam.transformer is pipe.transformer and handle.components
+
+
+def test_save_and_load(tmp_path):
+    pipe, _ = tiny.tiny_hunyuan()
+    refam = RefAMPipeline.from_pipe(pipe)
+    out = refam(video=clip(5), expression="the ball", **HUNYUAN)
+    refam.save_pretrained(tmp_path)
+    loaded = RefAMPipeline.from_pretrained(tmp_path)
+    again = loaded(video=clip(5), expression="the ball", **HUNYUAN)
+    torch.testing.assert_close(again.heatmap, out.heatmap, atol=1e-4, rtol=1e-3)
+
+
+def test_custom_pipeline_from_a_local_path(tmp_path):
+    from pathlib import Path
+
+    from diffusers import DiffusionPipeline
+
+    pipe, _ = tiny.tiny_hunyuan()
+    pipe.save_pretrained(tmp_path)
+    shim = Path(module.__file__).parents[1] / "gen_accel_refam.py"
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(shim), trust_remote_code=True
+    )
+    assert isinstance(loaded, RefAMPipeline)
+    assert loaded(video=clip(5), expression="the ball", **HUNYUAN).mask.any()
+
+
+def test_the_toy_finds_colours(toy, scene):
+    refam = RefAMPipeline.from_pipe(toy)
+    for thing, truth in zip(scene.scene.things, scene.objects):
+        out = refam(video=scene.video, expression=f"the {thing.colour} object")
+        assert truth[out.point]
+        inside = out.heatmap[torch.from_numpy(truth)].mean()
+        assert inside > 2 * out.heatmap[~torch.from_numpy(truth)].mean()
+
+
+def test_the_mask_for_object_wiper(toy, scene):
+    colour = scene.scene.things[0].colour
+    read = torch.from_numpy(scene.video).movedim(-1, 1).mul(255).round().byte()  # as files are
+    mask = ground_video(toy, read, f"the {colour} object")
+    assert mask.shape == scene.objects[0].shape and mask.dtype == torch.bool
+    both = mask & torch.from_numpy(scene.objects[0])
+    assert both.sum() > 0.5 * scene.objects[0].sum()
+
+
+def test_captions_are_read_and_do_not_answer(toy, scene):
+    refam = RefAMPipeline.from_pipe(toy)
+    colour = scene.scene.things[0].colour
+    given = refam(video=scene.video, expression=f"the {colour} object", caption="two objects")
+    assert given.prompt.startswith("two objects. the ") and list(given.words) == [colour]
+
+    def captioner(frames):
+        assert frames.shape == (9, 3, 32, 32)
+        return "two objects"
+
+    made = refam(video=scene.video, expression=f"the {colour} object", caption=captioner)
+    assert torch.equal(made.heatmap, given.heatmap)
+
+
+def test_choices_by_model_and_by_name(toy):
+    frozen = choose(toy.transformer, "auto", "text")
+    assert frozen.source == "validation" and 0 < frozen.sigma < 1
+    pipe, _ = tiny.tiny_flux(layers=7)
+    other = choose(pipe.transformer, "auto", "text")
+    assert other.source == "middle third" and list(other.heads) == [2, 3, 4]
+    assert list(choose(pipe.transformer, [0, -1], "text").heads) == [0, 8]
+
+
+def test_one_words_attention_decides(toy, scene, monkeypatch):
+    """What is read is the content word: another colour gives another map."""
+    refam = RefAMPipeline.from_pipe(toy)
+    first, second = scene.scene.things[:2]
+    a, b = (refam(video=scene.video, expression=f"the {t.colour} object") for t in (first, second))
+    one, two = (torch.from_numpy(m) for m in scene.objects[:2])
+    assert a.heatmap[one].mean() > b.heatmap[one].mean()
+    assert b.heatmap[two].mean() > a.heatmap[two].mean()
+
+
+class Fake:
+    """A segmenter that knows the truth and two wrong masks."""
+
+    def __init__(self, objects):
+        self.objects = objects
+        self.asked = []
+        self.frame = 0
+
+    def masks(self, image, points):
+        self.asked.append(points)
+        truth = torch.from_numpy(self.objects[0, self.frame])
+        part = truth.clone()
+        part[:, : truth.shape[1] // 2] = False
+        return torch.stack([torch.ones_like(truth), truth, part]), torch.tensor([0.7, 0.8, 0.9])
+
+    def track(self, video, frame, mask):
+        assert video.shape == (9, 3, 32, 32)
+        out = torch.zeros(len(video), *mask.shape, dtype=torch.bool)
+        out[frame] = mask
+        return out
+
+
+def test_a_segmenter_is_asked_once_and_carried(toy, scene):
+    refam = RefAMPipeline.from_pipe(toy)
+    colour = scene.scene.things[0].colour
+    plain = refam(video=scene.video, expression=f"the {colour} object")
+    fake = Fake(scene.objects)
+    fake.frame = plain.point[0]
+    out = refam(video=scene.video, expression=f"the {colour} object", sam=fake)
+    assert fake.asked == [[plain.point[1:]]]
+    # The whole object, although a part has the higher quality.
+    assert torch.equal(out.mask[plain.point[0]], torch.from_numpy(scene.objects[0, fake.frame]))
+    per_frame = Fake(scene.objects)
+    refam(video=scene.video, expression=f"the {colour} object", sam=per_frame, per_frame=True)
+    assert len(per_frame.asked) == 9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"expression": " ?! "}, "holds no word"),
+        ({"expression": "is it of the"}, "stop words only"),
+        ({"expression": "red " * 200}, "tokens and max_sequence_length=128; shorten"),
+        ({"image": np.zeros((8, 8, 2))}, "a picture of shape"),
+        ({"image": Image.new("RGBA", (16, 16), (0, 0, 0, 10))}, "transparency"),
+        ({"image": np.full((8, 8, 3), 7.0)}, "outside \\[0, 1\\]"),
+        ({"image": None}, "give image= or video="),
+        ({"video": []}, "give image= or video="),
+        ({"image": None, "video": []}, "without frames"),
+        ({"layers": [99]}, "the model has blocks 0 to 3"),
+        ({"layers": "all"}, "layers='all'"),
+        ({"sigma": 1.0}, "sigma in"),
+        ({"sinks": "hide"}, "sinks='hide'"),
+        ({"direction": "up"}, "direction='up'"),
+        ({"magnets": "the of"}, "magnets='the of'"),
+        ({"draws": 0}, "draws=0"),
+        ({"aggregation": "max"}, "aggregation='max'"),
+    ],
+)
+def test_bad_input_is_one_line(wrong, message):
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    call = {"image": picture(), "expression": "the ball", **ROOM, **wrong}
+    with pytest.raises(ValueError, match=message) as error:
+        refam(**call)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError, match="RefAM reads FLUX.1, HunyuanVideo and Wan"):
+        RefAMPipeline.from_pipe(tiny.tiny_cosmos()[0])
+    with pytest.raises(ValueError, match="use Wan 2.1"):
+        RefAMPipeline.from_pipe(tiny.tiny_wan22()[0])
+
+
+def test_flux_takes_no_clips():
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    with pytest.raises(ValueError, match="FLUX takes single images"):
+        refam(video=clip(2), expression="the ball", **ROOM)
+
+
+def test_grey_and_opaque_pictures_are_fine():
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    grey = picture()[..., 0]
+    maps = [
+        refam(image=x, expression="the ball", **ROOM).heatmap
+        for x in (grey, np.repeat(grey[..., None], 3, 2), Image.fromarray(grey).convert("RGBA"))
+    ]
+    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
