@@ -164,11 +164,12 @@ def _override(patch: Patch) -> Override:
 
 
 def _wrapper(patch: Patch, override: Override) -> Callable[..., Any]:
-    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    @torch.compiler.disable
+    def enter(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound, arguments = bind(executor.original, args, kwargs)
         options = arguments.get(_OPTIONS)
         if options is None:
-            return executor(*args, **kwargs)
+            return args, kwargs
         run = patch.begin()
         forward = Forward(run, executor.class_obj, None, run.context(options))
         try:
@@ -179,7 +180,11 @@ def _wrapper(patch: Patch, override: Override) -> Callable[..., Any]:
         forward.override = None if found is patch.before else found
         # Every time, for a later node may have put its own in the place of ours.
         _put(bound, {**options, KEY: forward, OVERRIDE: override})
-        return executor(*bound.args, **bound.kwargs)
+        return bound.args, bound.kwargs
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = enter(executor, args, kwargs)
+        return executor(*args, **kwargs)
 
     return wrapper
 
