@@ -29,6 +29,8 @@ HYPOTHESES = (
      "an absent colour beats that of another object"),
     ("controls", "full (drop, 2 draws)", "background list", "RefAM beats a background list"),
     ("directions", "rows: append + filter", "append + filter", "text-to-image beats the default"),
+    ("directions", "joint: append + filter", "append + filter",
+     "not renormalised beats the default"),
 )  # fmt: skip
 
 

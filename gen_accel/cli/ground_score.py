@@ -83,6 +83,9 @@ READOUTS = (
     Readout("background list", "background", over=True, masks=True),
     Readout("joint: filter", "bare", direction="joint"),
     Readout("joint: append + filter", "magnets", direction="joint", masks=True),
+    Readout(
+        "joint: full (drop, 2 draws)", "magnets 2", direction="joint", drop="sinks", masks=True
+    ),
     Readout("rows: filter", "bare", direction="rows", masks=True),
     Readout("rows: append + filter", "magnets", direction="rows", masks=True),
     Readout("magnets first", "first"),
