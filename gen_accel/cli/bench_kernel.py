@@ -55,7 +55,10 @@ class Suite:
     flex: bool
     densities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
     repeats: int = 20
+    precisions: tuple[str, ...] = ()  # quantised calls
 
+
+PRECISIONS = ("int8", "int8+int8", "int8+fp8")  # those with kernels
 
 SUITES = {
     "hopper": Suite(
@@ -69,6 +72,7 @@ SUITES = {
         device="cuda",
         impls=("triton",),
         flex=True,
+        precisions=PRECISIONS,
     ),
     "smoke": Suite(
         (Case("smoke", (2, 8, 8), 20, 2, dim=32, block=32),),
@@ -77,6 +81,7 @@ SUITES = {
         flex=False,
         densities=(0.3,),
         repeats=1,
+        precisions=("int8+int8",),
     ),
 }
 
@@ -143,6 +148,8 @@ def _pieces(suite: Suite) -> Iterator[tuple[Case, str]]:
     lists = ("realistic", "uniform")
     parts += [f"{name} {density:g}" for name in lists for density in suite.densities]
     parts.insert(1 + len(suite.densities), "around")
+    if suite.precisions:
+        parts += ["quantised dense", *(f"quantised {density:g}" for density in suite.densities)]
     if suite.flex:
         parts += [f"flex {density:g}" for density in suite.densities]
     for part, case in itertools.product(parts, suite.cases):

@@ -7,7 +7,6 @@ NaN.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import time
 import warnings
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 _TAILS = (None, "rectified", "joint")
 _FEWEST = 5  # rounds, where 20 would not fit into a piece's time
 _FACTOR = 4  # times the error of dense SDPA is right
-_LOSSY = 0.1  # error allowed to a kernel that computes in 8 bits
+LOSSY = 0.1  # error allowed to a kernel that computes in 8 bits
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,10 @@ class Piece:
             from gen_accel.cli.bench_around import around
 
             return self._dense() if kind == "dense" else around(self)
+        if kind == "quantised":
+            from gen_accel.cli.bench_codes import quantised
+
+            return quantised(self, None if density == "dense" else float(density))
         lists = "realistic" if kind == "flex" else kind
         return self._sparse(lists, float(density), kind == "flex")
 
@@ -112,7 +115,7 @@ class Piece:
                 name = f"SDPA, {backend.name.split('_')[0].lower()}"
                 found.append(candidate(name, partial(sdpa, backend), ours=False))
             found.append(
-                candidate("sageattention", partial(_sage, *tensors), allowed=_LOSSY, ours=False)
+                candidate("sageattention", partial(sage, *tensors), allowed=LOSSY, ours=False)
             )
         else:
             either = partial(sdpa, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
@@ -363,12 +366,11 @@ def _poisoned() -> Iterator[None]:
             torch.use_deterministic_algorithms(before)
 
 
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if importlib.util.find_spec("sageattention") is None:
-        raise ImportError("sageattention is not installed: pip install sageattention==1.0.6")
-    from sageattention import sageattn
+def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SageAttention, guarded: the copy of k that it would spoil is part of the call."""
+    from gen_accel.sage import dense
 
-    return sageattn(q, k, v, tensor_layout="NHD")
+    return dense(q, k, v)
 
 
 def _sm_clock() -> int | None:

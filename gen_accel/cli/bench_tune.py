@@ -11,19 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gen_accel.cli.bench_kernel import Case, Suite, prepare_run
-from gen_accel.cli.bench_pieces import Candidate, Piece
+from gen_accel.cli.bench_codes import on_codes
+from gen_accel.cli.bench_kernel import PRECISIONS, Case, Suite, prepare_run
+from gen_accel.cli.bench_pieces import LOSSY, Candidate, Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gen_accel.kernels.blocks import Blocks
+    from gen_accel.kernels.operands import Operands
     from gen_accel.kernels.tail import Tail
     from gen_accel.kernels.triton.config import Config, Key
 
 # What is tuned on. Long enough that a launch is noise, short enough that compiling dominates.
 SUITES = {
-    "hopper": Suite((Case("tune", (21, 30, 52), 0, 12),), "cuda", ("triton",), flex=False),
+    "hopper": Suite(
+        (Case("tune", (21, 30, 52), 0, 12),), "cuda", ("triton",), flex=False, precisions=PRECISIONS
+    ),
     "smoke": Suite((Case("tune", (2, 8, 8), 0, 2),), "cpu", ("triton",), flex=False, repeats=1),
 }
 
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     here = result_row("tune", "", 0.0, "ms", device=suite.device)
     about = {name: here[name] for name in ("device", "versions", "commit")}
     good = True
-    for key in _keys(args, suite.device):
+    for key in _keys(args, suite):
         for band in configs.DENSITIES:
             # What is known of a key and a band, whatever the rest of its entry says.
             wanted = configs.entry(key, band, configs.candidates(key)[0])
@@ -68,19 +72,20 @@ def run(args: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
-def _keys(args: argparse.Namespace, device: str) -> list[Key]:
+def _keys(args: argparse.Namespace, suite: Suite) -> list[Key]:
     import torch
 
     from gen_accel.kernels.triton.config import Key
 
     capability = 0
-    if device == "cuda":
+    if suite.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
     block = (args.block, args.block)
     small = args.block < 128  # such rows are merged, which needs masks
     return [
-        Key(capability, dim, dtype, block, small, tail)
+        Key(capability, dim, dtype, block, small, tail, precision)
+        for precision in ("", *suite.precisions)
         for dim in args.head_dims
         for dtype in args.dtypes
         if dtype != "fp32"
@@ -94,6 +99,7 @@ class _TunePiece(Piece):
     def __init__(self, suite: Suite, key: Key, band: float, seed: int) -> None:
         self.key = key
         self.configs: dict[str, Config] = {}
+        self.codes: Operands | None = None
         case = suite.cases[0]
         case = Case(case.name, case.grid, 0, case.heads, key.head_dim, key.block[0])
         super().__init__(suite, case, f"realistic {min(band, 0.6) * 0.9:g}", seed)
@@ -113,13 +119,22 @@ class _TunePiece(Piece):
         row = {"density": blocks.density(), "tflop": self.tflop(blocks)}
         self.configs = {" ".join(map(str, c)): c for c in candidates(self.key)}
         error = partial(self.error, blocks, tail)
+        allowed = None
+        if self.key.precision:
+            from gen_accel.kernels.operands import operands
+            from gen_accel.kernels.quant import PRECISIONS
+
+            self.codes = operands(self.q, self.k, self.v, PRECISIONS[self.key.precision])
+            allowed = LOSSY
         return [
-            Candidate(name, partial(self._run, blocks, tail, config), error, row)
+            Candidate(name, partial(self._run, blocks, tail, config), error, row, allowed)
             for name, config in self.configs.items()
         ]
 
     def _run(self, blocks: Blocks, tail: Tail | None, config: Config) -> Tensor:
         from gen_accel.kernels.triton.launch import attend
 
+        if self.codes is not None:
+            return on_codes(self, self.codes, blocks, tail=tail, config=config)
         tensors = (self.q, self.k, self.v)
         return attend(*tensors, blocks, self.scale, tail=tail, config=config)[0]

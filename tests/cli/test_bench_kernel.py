@@ -175,7 +175,16 @@ def test_smoke_runs_the_triton_kernel(tmp_path, capsys):
     assert main(["bench", "kernel", "--suite=smoke", f"--out={out}"]) == 0
     said = capsys.readouterr().out
     assert "not measured" not in said and "WRONG" not in said
-    assert "triton, joint tail" in {row["name"] for row in read_rows(out)}
+    rows = read_rows(out)
+    assert "triton, joint tail" in {row["name"] for row in rows}
+    mine = [row for row in rows if row["config"]["part"].startswith("quantised")]
+    names = ["triton", "triton, int8+int8", "triton, int8+int8, codes given"]
+    assert [row["name"] for row in mine] == 2 * names
+    assert [row["config"]["part"] for row in mine[::3]] == ["quantised dense", "quantised 0.3"]
+    assert all(1e-3 < row["config"]["error"] < 0.05 for row in mine if "int8" in row["name"])
+    from gen_accel.cli.bench_table import kernel_page
+
+    assert kernel_page(rows).count("int8+int8") == 4
 
 
 def test_torch_is_all_it_needs(tmp_path):
@@ -191,7 +200,8 @@ from gen_accel.cli import bench_kernel
 from gen_accel.cli.main import main
 suite, case = bench_kernel.SUITES["smoke"], bench_kernel.Case("tiny", (2, 7, 7), 9, 2, 16, 16)
 from dataclasses import replace
-bench_kernel.SUITES["smoke"] = replace(suite, cases=(case,), impls=("gather",))
+changes = {"cases": (case,), "impls": ("gather",), "precisions": ()}
+bench_kernel.SUITES["smoke"] = replace(suite, **changes)
 sys.exit(main(["bench", "kernel", "--suite=smoke", "--out=" + sys.argv[2]]))
 """
     blocked = "diffusers,transformers,accelerate,safetensors,yaml,imageio,cv2,PIL"
@@ -219,13 +229,16 @@ def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     configs = pytest.importorskip("gen_accel.kernels.triton.config")
     suite = bench_tune.SUITES["smoke"]
     case = replace(suite.cases[0], grid=(1, 4, 9))
-    monkeypatch.setitem(bench_tune.SUITES, "smoke", replace(suite, cases=(case,)))
+    monkeypatch.setitem(
+        bench_tune.SUITES, "smoke", replace(suite, cases=(case,), precisions=("int8",))
+    )
     monkeypatch.setattr(configs, "DENSITIES", (1.0,))
     out = tmp_path / "tuned.json"
     command = ["bench", "tune", "--suite=smoke", "--block=16", "--head-dims=16", f"--out={out}"]
     assert main(command) == 0
     entries = configs.read(out)
-    assert [e["key"]["tail"] for e in entries] == [False, True]
+    assert [e["key"]["tail"] for e in entries] == [False, True, False, True]
+    assert [e["key"]["precision"] for e in entries] == ["", "", "int8", "int8"]
     for found in entries:
         key = configs.Key(**{**found["key"], "block": tuple(found["key"]["block"])})
         assert configs.Config(**found["config"]) in configs.candidates(key)
@@ -233,7 +246,7 @@ def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     assert out.read_text() == configs.dump(entries) and json.loads(out.read_text()) == entries
     capsys.readouterr()
     assert main(command) == 0
-    assert capsys.readouterr().out == f"{out}: 2 entries\n"
+    assert capsys.readouterr().out == f"{out}: 4 entries\n"
 
 
 def test_rounds_fit_the_time_of_a_piece(monkeypatch):
