@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.families import family_of
+from gen_accel.families.base import Family
 from gen_accel.layout import TokenLayout
 
 SOLVERS = ("euler", "midpoint")
@@ -42,11 +43,7 @@ class VideoFlow:
         prompt_template: dict[str, Any] | None = None,
     ) -> None:
         self.pipe = pipe
-        self.family = family_of(pipe.transformer)
-        if self.family.name not in ("hunyuan_video", "wan"):
-            raise ValueError(
-                f"{type(pipe.transformer).__name__}: a video is inverted with HunyuanVideo or Wan"
-            )
+        self.family = video_family(pipe.transformer)
         config = pipe.scheduler.config
         if getattr(pipe, "transformer_2", None) is not None or pipe.config.get("expand_timesteps"):
             raise ValueError("Wan 2.2 (two experts, or a timestep per token): use Wan 2.1 here")
@@ -186,6 +183,20 @@ class VideoFlow:
             for x in (config.latents_mean, config.latents_std)
         )
         return mean, 1 / deviation
+
+
+def video_family(transformer: Any) -> Family:
+    """The family of a transformer whose videos can be inverted.
+
+    Raises:
+        ValueError: Another one.
+    """
+    family = family_of(transformer)
+    if family.name not in ("hunyuan_video", "wan"):
+        raise ValueError(
+            f"{type(transformer).__name__}: a video is inverted with HunyuanVideo or Wan"
+        )
+    return family
 
 
 def step(latents: Tensor, now: float, after: float, solver: str, velocity: Velocity) -> Tensor:

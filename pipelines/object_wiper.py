@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gen_accel.layout import TokenGrid
 from gen_accel.pipelines.effects import Effects, find_effects
-from gen_accel.pipelines.flow import Text, VideoFlow, as_batch
+from gen_accel.pipelines.flow import Text, VideoFlow, as_batch, video_family
 from gen_accel.pipelines.masks import pack_mask, unpack_mask
 from gen_accel.pipelines.remover import Remover
 from gen_accel.pipelines.wipe_setting import WipeSetting
@@ -118,7 +118,7 @@ class ObjectWiperPipeline(DiffusionPipeline):
         self.register_modules(**parts, **second, transformer_2=transformer_2)
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
         # The stock pipeline knows how to encode prompts; it shares all parts.
-        if text_encoder_2 is not None:
+        if video_family(transformer).name == "hunyuan_video":
             from diffusers import HunyuanVideoPipeline
 
             self._stock: Any = HunyuanVideoPipeline(**parts, **second)

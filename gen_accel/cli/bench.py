@@ -54,10 +54,13 @@ def add_parser(subparsers: Any) -> None:
             "damage",
             "metrics",
             "e2e",
+            "wipe",
+            "ground",
         ),
         help="an attention call, GNA's windows, blocks chosen in the call, what tails mend, whole "
         "clips by mixture, what quantising costs, calls of real models on a GPU, tile sizes of the "
-        "Triton kernel, which metric sees which damage, their cost, steps of whole transformers",
+        "Triton kernel, which metric sees which damage, their cost, steps of whole transformers, "
+        "removal of objects, what expressions mean",
     )
     parser.add_argument(
         "--tokens", type=_positive, default=8192, help="length of the sequence (attention)"
@@ -101,6 +104,15 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--model", default="hunyuan-video", help="which toy; e2e: which model")
     group.add_argument("--folder", help="where it is, when not in models/")
     group.add_argument("--prompts", type=_positive, default=4, help="captions on either side")
+    group = parser.add_argument_group("wipe", "Object-WIPER, with --clips clips.")
+    group.add_argument("--split", default="test", choices=("val", "test"), help="of the world")
+    group.add_argument("--ablate", type=int, default=0, help="how many of them for ablations too")
+    group.add_argument("--batch", type=_positive, default=10, help="clips at once")
+    group = parser.add_argument_group("ground", "RefAM on expressions of the world's clips.")
+    group.add_argument("--expressions", type=_positive, default=520, help="how many")
+    group.add_argument(
+        "--choose", action="store_true", help="choose layers and noise on validation scenes"
+    )
     bench_e2e.add_options(parser)
 
 
@@ -131,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.what in ("damage", "metrics"):
             return getattr(bench_damage, args.what)(args)
-        if args.what in ("tails", "mixtures", "precision", "e2e"):
+        if args.what in ("tails", "mixtures", "precision", "e2e", "wipe", "ground"):
             return importlib.import_module(f"gen_accel.cli.bench_{args.what}").run(args)
         good = True
         for dim in args.head_dims:

@@ -14,7 +14,8 @@ from gen_accel.cli.options import Parser, UsageError, dotted, nearest, resolve
 # A module per sub-command: add_parser(subparsers) and run(args) -> exit code. One with SECTIONS
 # takes --config and dotted overrides as well.
 COMMANDS = (
-    "demo", "generate", "calibrate", "eval", "verdict", "doctor", "bench", "simulate", "world"
+    "demo", "generate", "calibrate", "eval", "verdict", "doctor", "bench", "simulate", "world",
+    "wipe", "ground",
 )  # fmt: skip
 
 

@@ -1,0 +1,165 @@
+"""The tables of ``gen-accel bench wipe``, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gen_accel.eval.world.gate import bootstrap
+
+GONE = 0.1  # residue below which nothing of an object is left
+FULL = "full"
+BASELINES = (
+    "identity", "mean fill", "temporal median", "object mask only", "object mask dilated",
+    "random mask", "latent blending", "KV freeze",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Everything there is rows for, as Markdown."""
+    parts = {part: [r for r in rows if r["part"] == part] for part in _TABLES}
+    return "\n\n".join(make(parts[part]) for part, make in _TABLES.items() if parts[part])
+
+
+def _interval(values: Sequence[float | None], digits: int = 2, scale: float = 1.0) -> str:
+    found = [scale * v for v in values if v is not None]
+    if not found:
+        return "-"
+    low, high = bootstrap(found)
+    return f"{np.mean(found):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def _reconstruction(rows: Sequence[Row]) -> str:
+    lines = [
+        (name, _interval([r[name] for r in rows], 1), f"{min(r[name] for r in rows):.1f}",
+         f"{100 * np.mean([r[f'{name}_exact'] for r in rows]):.0f} %")
+        for name in ("none", "attn_v", "attn_kv", "freeze")
+    ]  # fmt: skip
+    head = (f"reconstruction, {len(rows)} clips", "PSNR, dB", "worst", "bit-exact")
+    return _table(head, lines)
+
+
+def _masks(rows: Sequence[Row]) -> str:
+    lines = []
+    for what in dict.fromkeys(r["set"] for r in rows):
+        of = [r for r in rows if r["set"] == what]
+        extra = "-"
+        if what == "decoy":
+            extra = "decoy taken " + _interval([r["decoy_taken"] for r in of], 1, 100) + " %"
+        if what == "neighbour":
+            extra = "its shadow kept " + _interval([r["neighbour_kept"] for r in of], 1, 100) + " %"
+        if what in ("absent", "none"):
+            empty = [float(r["area"] <= 0.01) for r in of]
+            extra = "at most 1 % of tokens in " + _interval(empty, 1, 100) + " %"
+        effect = what not in ("absent", "none")
+        lines.append((
+            what, str(len(of)),
+            _interval([r["iou"] for r in of]) if effect else "-",
+            _interval([r["precision"] for r in of]) if effect else "-",
+            _interval([r["recall"] for r in of]),
+            _interval([r["pixel_iou"] for r in of]) if effect else "-",
+            f"{np.mean([r['pixel_ceiling'] for r in of]):.2f}" if effect else "-",
+            f"{np.mean([r['area'] for r in of]):.3f}", extra,
+        ))  # fmt: skip
+    head = ("effect mask", "clips", "IoU", "precision", "recall", "IoU, pixels", "its ceiling",
+            "area", "control")  # fmt: skip
+    return _table(head, lines)
+
+
+def _removal(rows: Sequence[Row]) -> str:
+    everything = dict.fromkeys(name for r in rows for name in r["arms"])
+    common = [name for name in everything if all(name in r["arms"] for r in rows)]
+    blocks = [_arms(f"removal, {len(rows)} clips", rows, common)]
+    ablated = [r for r in rows if set(everything) <= set(r["arms"])]
+    if ablated and len(everything) > len(common):
+        names = [FULL, *(n for n in everything if n not in common)]
+        blocks.append(_arms(f"ablations, {len(ablated)} clips", ablated, names))
+    for kind in dict.fromkeys(r["set"] for r in rows):
+        of = [r for r in rows if r["set"] == kind]
+        blocks.append(_arms(f"{kind}, {len(of)} clips", of, [FULL, *BASELINES], short=True))
+    if ablated:
+        blocks.append(_rank(ablated))
+    return "\n\n".join(blocks)
+
+
+def _arms(title: str, rows: Sequence[Row], names: Sequence[str], short: bool = False) -> str:
+    def of(name: str, key: str) -> list[float | None]:
+        return [r["arms"][name][key] for r in rows]
+
+    lines = []
+    for name in names:
+        paired = [
+            r["arms"][FULL]["foreground"] - r["arms"][name]["foreground"]
+            for r in rows
+            if r["arms"][name]["foreground"] is not None
+        ]
+        line = [
+            name, _interval(of(name, "foreground"), 1),
+            "-" if name == FULL else _interval(paired, 1),
+            _interval(of(name, "object"), 1), _interval(of(name, "effect"), 1),
+        ]  # fmt: skip
+        if not short:
+            left = [None if v is None else float(abs(v) < GONE) for v in of(name, "object_left")]
+            cast = [None if v is None else float(abs(v) < GONE) for v in of(name, "effect_left")]
+            line += [_interval(of(name, "background"), 1), _interval(of(name, "untouched"), 1),
+                     _interval(left, 0, 100), _interval(cast, 0, 100)]  # fmt: skip
+        lines.append(line)
+    head = [title, "object + effect, dB", "full is better by", "object, dB", "effect, dB"]
+    if not short:
+        head += ["background, dB", "outside our mask, dB", "object gone, %", "effect gone, %"]
+    return _table(head, lines)
+
+
+def _rank(rows: Sequence[Row]) -> str:
+    """TokSim-toy beside the true error, and how their orders of the methods agree."""
+    names = list(rows[0]["arms"])
+    measured = [r for r in rows if all(r["arms"][n].get("tok_sim") is not None for n in names)]
+    if not measured:
+        return ""
+
+    def means(key: str) -> np.ndarray:
+        return np.array([[r["arms"][n][key] for n in names] for r in measured]).mean(0)
+
+    score, right = means("tok_sim"), means("foreground")
+    order = np.argsort(-right)
+    lines = [(names[i], f"{score[i]:.2f}", f"{right[i]:.1f}") for i in order]
+    head = (f"TokSim-toy, {len(measured)} clips", "TokSim-toy", "object + effect, dB")
+    pairs = [
+        [[r["arms"][n][key] for n in names] for key in ("tok_sim", "foreground")] for r in measured
+    ]
+    within = [spearman(*pair) for pair in pairs]
+    text = (
+        f"Rank correlation of TokSim-toy with the true PSNR over the {len(names)} methods: "
+        f"{spearman(score, right):.2f} of the means, {_interval(within)} within a clip."
+    )
+    return _table(head, lines) + "\n\n" + text
+
+
+def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Rank correlation; ties share their mean rank. 0 where one is constant."""
+
+    def ranks(x: Sequence[float] | np.ndarray) -> np.ndarray:
+        values = np.asarray(x, float)
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        last = counts.cumsum()
+        return (last - (counts - 1) / 2)[inverse]
+
+    x, y = ranks(a), ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / norm) if norm > 0 else 0.0
+
+
+_TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "reconstruction": _reconstruction,
+    "mask": _masks,
+    "removal": _removal,
+}
