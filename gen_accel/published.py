@@ -212,9 +212,9 @@ MODELS = {
             # The padding mask is a channel like the others, but adding it takes torchvision.
             config={"in_channels": 17, "out_channels": 16, "concat_padding_mask": False},
         ),
-        # Not published: Wan 2.1 1.3B with a third of its width and two blocks. At 16,380 tokens the
+        # Not published: Wan 2.1 1.3B with a third of its width and two blocks. At 20,160 tokens the
         # ratio of attention to all else lies between those of the 1.3B at 480p and at 720p.
-        _wan("wan-narrow", 4, 2, 2986, (480, 416, 81), forwards=1),
+        _wan("wan-narrow", 4, 2, 2986, (480, 512, 81), forwards=1),
     )
 }
 

@@ -122,9 +122,9 @@ def suites() -> dict[str, Suite]:
             (
                 Case("Wan, narrow", wan, wan.size, rounds=3),
                 Case(
-                    "Wan 2.1 1.3B 480p, 21 frames",
+                    "Wan 2.1 1.3B 480p, 17 frames",
                     MODELS["wan2.1-1.3b"],
-                    (480, 832, 21),
+                    (480, 832, 17),
                     layers=1,
                     rounds=2,
                     methods=("paro",),
@@ -132,7 +132,7 @@ def suites() -> dict[str, Suite]:
                 Case(
                     "Wan, narrow, compiled",
                     wan,
-                    (480, 416, 41),
+                    (480, 512, 21),
                     rounds=3,
                     methods=("paro",),
                     compiled=True,

@@ -1,9 +1,10 @@
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from gen_accel.eval.plot import Plot, _ticks
+from gen_accel.eval.plot import Plot, Scatter, _ticks
 
 
 def points(svg):
@@ -42,3 +43,26 @@ def test_names_are_escaped_and_nothing_to_draw_is_refused():
     assert "<a>" not in figure and "&lt;a&gt;" in figure and "&lt;x&gt;" in figure
     with pytest.raises(ValueError, match="no finite value"):
         Plot({"a": [None, math.inf]}, "empty").svg()
+
+
+def test_points_and_a_line_stand_where_they_belong():
+    series = {"a": [(1.0, 10.0)], "b & c": [(100.0, 1000.0)]}
+    svg = Scatter(series, "all", x="FLOP/B", line=[(1.0, 10.0), (100.0, 1000.0)]).svg()
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    first, second = ((float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{space}circle"))
+    assert first[0] < second[0] and first[1] > second[1]  # upwards is smaller in SVG
+    line = root.find(f"{space}polyline").get("points").split()
+    assert line == [f"{x:.1f},{y:.1f}" for x, y in (first, second)]
+    texts = [t.text for t in root.iter(f"{space}text")]
+    assert {"a", "b & c", "FLOP/B", "10", "100"} <= set(texts)
+    straight = Scatter({"a": [(0.0, 5.0), (2.0, 7.0)]}, "all", log=False).svg()
+    assert ElementTree.fromstring(straight).get("aria-label") == "all"
+
+
+@pytest.mark.parametrize(
+    ("series", "message"), [({}, "no point to draw"), ({"a": [(0.0, 1.0)]}, "positive numbers")]
+)
+def test_what_cannot_be_placed_is_refused(series, message):
+    with pytest.raises(ValueError, match=message):
+        Scatter(series, "all").svg()
