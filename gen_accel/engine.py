@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import dense, natten
-from gen_accel.kernels.api import block_sparse_attention, choose, emulates, require_finite
+from gen_accel.kernels.api import block_sparse_attention, choose, emulates, orders, require_finite
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.prepare import AxisPlaces
 from gen_accel.kernels.tail import Tail
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
+from gen_accel.order.axis import AxisOrder
 from gen_accel.parallel import by_part, by_rank
 from gen_accel.planner.base import Planned, Planner, Windowed
 from gen_accel.precision import EXACT, HeadPrecisions, split_heads
@@ -291,6 +293,14 @@ class Engine:
         text: int,
     ) -> Tensor:
         order, blocks, pooled, real, precision = planned
+        if self._orders_in_kernel(planned, q, k, v):
+            assert isinstance(order, AxisOrder) and isinstance(blocks, Blocks)
+            self._note_density(layer, blocks)
+            # Text that is not attended to stands at the end, in the model's order as in this.
+            keys = k.shape[1] - layout.text + text
+            places = order.places(layout, q.device)
+            with self._clock("kernel", q):
+                return self._kernel(q, k[:, :keys], v[:, :keys], blocks, None, precision, places)
         with self._clock("order", q):
             q, k, v = (order.reorder(x, layout) for x in (q, k, v))
         # Behind the video (and its padding places) stand the text tokens that are attended to.
@@ -308,6 +318,17 @@ class Engine:
         with self._clock("order", q):
             return order.restore(out, layout)
 
+    def _orders_in_kernel(self, planned: Planned, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether nothing but the kernel needs the tokens in order, and it puts them there."""
+        order, blocks, _, _, precision = planned
+        return (
+            isinstance(order, AxisOrder)
+            and isinstance(blocks, Blocks)
+            and self.tail.kind == "drop"
+            and (precision is None or len(precision.groups()) == 1)
+            and orders(choose(q, k, v, blocks, precision=self.precision, impl=self.impl))
+        )
+
     def _kernel(
         self,
         q: Tensor,
@@ -316,6 +337,7 @@ class Engine:
         blocks: Blocks,
         tail: Tail | None,
         planned: HeadPrecisions | None,
+        places: AxisPlaces | None = None,
     ) -> Tensor:
         """The carrier, once for each precision that heads have."""
         precision, groups = self.precision, {}
@@ -325,14 +347,21 @@ class Engine:
             carrier = choose(q, k, v, blocks, tail, precision=self.preferred, impl=self.impl)
             precision = EXACT if emulates(carrier, self.preferred) else self.preferred
         if len(groups) < 2:
-            return self._run(next(iter(groups), precision), q, k, v, blocks, tail)
+            return self._run(next(iter(groups), precision), q, k, v, blocks, tail, places)
         out = torch.empty_like(q)
         for name, heads in groups.items():
             out[:, :, heads] = self._run(name, *split_heads(q, k, v, blocks, tail, heads))
         return out
 
     def _run(
-        self, precision: str, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, tail: Tail | None
+        self,
+        precision: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        tail: Tail | None,
+        places: AxisPlaces | None = None,
     ) -> Tensor:
         stats, options = self._stats, {"precision": precision, "impl": self.impl}
         if precision not in stats.precision:
@@ -341,7 +370,7 @@ class Engine:
             known = stats.carrier.split("+") if stats.carrier else []
             stats.carrier = "+".join(dict.fromkeys([*known, carrier]))
         stats.precision[precision] = stats.precision.get(precision, 0) + 1
-        return block_sparse_attention(q, k, v, blocks, tail=tail, **options)
+        return block_sparse_attention(q, k, v, blocks, tail=tail, places=places, **options)
 
     # -- book-keeping --------------------------------------------------------------------------
 

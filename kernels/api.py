@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.blocks import RULES, Blocks
 from gen_accel.kernels.carrier import Call
+from gen_accel.kernels.prepare import AxisPlaces, prepare, restore
 from gen_accel.kernels.quant import EMULATED, P_TILE, PRECISIONS
 from gen_accel.kernels.tail import Pooled, Rectified, Tail, block_scores, pool_keys, rectify
 
@@ -30,6 +31,7 @@ _CARRIERS = {
 _AUTO = ("triton", "gather")  # what impl="auto" tries, best first
 _AUTO_ON_CPU = ("gather",)  # triton's interpreter is for tests
 _QUANTISED = ("triton",)  # multiply codes; the others multiply what the codes stand for, in fp32
+_ORDERING = ("triton",)  # take tokens in the model's order, with the places they go to
 
 _DTYPE_OF = {
     "auto": None,
@@ -46,8 +48,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *, return_lse: Literal[True],
-    scale: float | None = ..., precision: str = ..., tail: str | Tail | None = ..., impl: str = ...,
-    check_finite: bool = ...,
+    scale: float | None = ..., precision: str = ..., tail: str | Tail | None = ...,
+    places: AxisPlaces | None = ..., impl: str = ..., check_finite: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -55,7 +57,8 @@ def block_sparse_attention(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = ..., *,
     return_lse: Literal[False] = ..., scale: float | None = ..., precision: str = ...,
-    tail: str | Tail | None = ..., impl: str = ..., check_finite: bool = ...,
+    tail: str | Tail | None = ..., places: AxisPlaces | None = ..., impl: str = ...,
+    check_finite: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def block_sparse_attention(
     scale: float | None = None,
     precision: str = "auto",
     tail: str | Tail | None = None,
+    places: AxisPlaces | None = None,
     impl: str = "auto",
     return_lse: bool = False,
     check_finite: bool = False,
@@ -93,6 +97,9 @@ def block_sparse_attention(
             ``"joint"``, their mean keys and values; ``"rectified"``, a ratio and a shift per query
             block; or a `Pooled` or `Rectified` of your own, which is how to leave padding out or to
             keep text from being pooled.
+        places: The order that blocks and tail are in, where q, k and v are in the model's. Tokens
+            are put into it and the result is put back: by the kernels that read and write them
+            anyway where the carrier has those, else in passes of their own.
         impl: ``"auto"``, or a carrier of `available`. A named carrier never falls back.
         return_lse: Also return the log-sum-exp.
         check_finite: Raise when q, k or v hold a NaN or an infinity (one pass over them, for
@@ -116,13 +123,23 @@ def block_sparse_attention(
     check_options(precision, impl)
     if precision in PRECISIONS:
         _check_quantised(precision, blocks, q, k, v)
+    if places is not None and (
+        torch.compiler.is_compiling() or tail not in (None, "drop") and isinstance(tail, str)
+    ):
+        ordered = (prepare(x, places).transpose(1, 2) for x in (q, k, v))
+        out, lse = block_sparse_attention(
+            *ordered, blocks, scale=scale, precision=precision, tail=tail, impl=impl,
+            return_lse=True, check_finite=check_finite,
+        )  # fmt: skip
+        out, lse = _back(out, lse, places)
+        return (out, lse) if return_lse else out
     stand_in = _tail(tail, q, k, v, blocks, scale)
 
     options = (scale, precision, impl, return_lse, check_finite)
     if torch.compiler.is_compiling():
         out, lse = _opaque(q, k, v, *_flatten(blocks), *_flatten_tail(stand_in), *options)
     else:
-        out, lse = _run(q, k, v, blocks, stand_in, *options)
+        out, lse = _run(q, k, v, blocks, stand_in, *options, places)
     return (out, lse) if return_lse else out
 
 
@@ -149,6 +166,11 @@ def choose(
 def emulates(name: str, precision: str) -> bool:
     """Whether a carrier computes this precision in wider numbers: its accuracy, not its speed."""
     return precision in PRECISIONS and name not in _QUANTISED
+
+
+def orders(name: str) -> bool:
+    """Whether a carrier puts tokens in order by itself, see ``places``."""
+    return name in _ORDERING
 
 
 def check_options(precision: str, impl: str, more: Iterable[str] = ()) -> None:
@@ -186,6 +208,7 @@ def _run(
     impl: str,
     return_lse: bool,
     check_finite: bool,
+    places: AxisPlaces | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if check_finite:
         require_finite(q=q, k=k, v=v)
@@ -193,13 +216,23 @@ def _run(
     if compute == torch.float16 != q.dtype:
         # What is beyond its range would become infinite, and the output NaN.
         q, k, v = (x.clamp(-_FP16_MAX, _FP16_MAX) for x in (q, k, v))
-    call = Call(q, k, v, blocks, scale, compute, return_lse, tail, quantised)
+    call = Call(q, k, v, blocks, scale, compute, return_lse, tail, quantised, places)
     name = _choose(call, impl)
     if impl == "auto":
         _announce(name, q.device.type)
     if emulates(name, precision):
         _announce_emulation()
-    return _carrier(name).run(call)
+    if places is None or orders(name):
+        return _carrier(name).run(call)
+    q, k, v = (prepare(x, places).transpose(1, 2) for x in (q, k, v))
+    return _back(*_carrier(name).run(call._replace(q=q, k=k, v=v, places=None)), places)
+
+
+def _back(out: Tensor, lse: Tensor | None, places: AxisPlaces) -> tuple[Tensor, Tensor | None]:
+    """A result ``[B, S, H, D]`` and ``[B, H, S]``, put into the model's order."""
+    if lse is not None:
+        lse = restore(lse[..., None], places)[..., 0].transpose(1, 2)
+    return restore(out.transpose(1, 2), places), lse
 
 
 def _choose(call: Call, impl: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.prepare import AxisPlaces
 from gen_accel.kernels.quant import Precision
 from gen_accel.kernels.tail import Tail
 
@@ -25,6 +26,8 @@ class Call(NamedTuple):
         return_lse: Whether the log-sum-exp is wanted.
         tail: What stands in for hidden blocks, or None. There is none without blocks.
         precision: How to quantise, or None. Then ``compute`` is None.
+        places: The order that blocks and tail are in, where q, k, v and out are in the model's; or
+            None where all are in one. Only carriers that are named in `api` get any.
     """
 
     q: Tensor
@@ -36,6 +39,7 @@ class Call(NamedTuple):
     return_lse: bool = False
     tail: Tail | None = None
     precision: Precision | None = None
+    places: AxisPlaces | None = None
 
 
 class Carrier(Protocol):

@@ -108,6 +108,10 @@ class AxisOrder:
         out[:, before + video :] = x[:, video + before :]
         return out
 
+    def places(self, layout: TokenLayout, device: torch.device) -> AxisPlaces:
+        """This order as kernels read it; kept."""
+        return _places(self.heads, layout, device)
+
     def _views(
         self, model: Tensor, ordered: Tensor, layout: TokenLayout
     ) -> Iterator[tuple[Tensor, Tensor]]:

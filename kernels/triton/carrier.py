@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gen_accel.kernels.carrier import Call
 from gen_accel.kernels.operands import operands
+from gen_accel.kernels.prepare import prepare
 
 _HALF = (torch.bfloat16, torch.float16)
 _BLOCKS = tuple(2**n for n in range(4, 11))
@@ -48,11 +49,13 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """See `carrier.Carrier.run`."""
     from gen_accel.kernels.triton.launch import attend, attend_codes
 
-    options = {"tail": call.tail, "return_lse": call.return_lse}
+    options = {"tail": call.tail, "return_lse": call.return_lse, "places": call.places}
     if call.precision is not None:
-        codes = operands(*call[:3], call.precision)
+        codes = operands(*call[:3], call.precision, call.places)
         return attend_codes(codes, call.blocks, call.scale, **options)
     q, k, v = (x.to(call.compute or x.dtype) for x in call[:3])
+    if call.places is not None:
+        q, k, v = (prepare(x, call.places).transpose(1, 2) for x in (q, k, v))
     out, lse = attend(q, k, v, call.blocks, call.scale, **options)
     return out.to(call.q.dtype), lse
 
