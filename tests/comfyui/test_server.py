@@ -92,8 +92,15 @@ def with_report(nodes):
 
 def run(server, nodes):
     entry = server.run(nodes)
-    assert entry.get("status", {}).get("status_str") == "success", str(entry)[-2000:]
+    assert "status" in entry, entry
+    assert entry["status"]["status_str"] == "success", errors(entry)
     return entry["outputs"]
+
+
+def errors(entry):
+    """Node and message of what went wrong."""
+    found = [x for kind, x in entry["status"]["messages"] if kind == "execution_error"]
+    return [(x["node_id"], x["exception_message"].strip()) for x in found]
 
 
 def latent(server, outputs):
@@ -109,8 +116,8 @@ def failure(server, nodes):
     """Node and message of a run that must fail."""
     entry = server.run(nodes)
     assert entry["status"]["status_str"] == "error"
-    ((_, details),) = [m for m in entry["status"]["messages"] if m[0] == "execution_error"]
-    return details["node_id"], details["exception_message"].strip()
+    (error,) = errors(entry)
+    return error
 
 
 def forget(server):
