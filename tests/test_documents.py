@@ -1,5 +1,6 @@
 """Tables of numbers in the documents say what the committed result rows say, cell by cell."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -200,10 +201,10 @@ def test_the_tables_of_whole_steps_are_rendered_from_their_rows():
     assert between == written
 
 
-def test_rows_were_measured_on_committed_code():
-    """What a row names can be looked up; ``+`` marks a tree with changes of someone's."""
+def test_rows_say_on_which_code_and_machine_they_were_measured():
+    """``+`` marks a tree with changes; a copy without history has the hash of its sources."""
     for path in sorted(RESULTS.glob("*.jsonl")):
-        for row in read_rows(path):
-            commit = row["commit"] or row["config"].get("code", "")  # a copy has no history
-            assert re.fullmatch(r"[0-9a-f]{7,40}\+?", commit), path
-            assert row["device"] and row["versions"]["torch"] and row["time"][:2] == "20", path
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            commit = row["commit"] or row["config"].get("code", "")
+            assert re.fullmatch(r"[0-9a-f]{7,40}\+?", commit) and row["device"], path

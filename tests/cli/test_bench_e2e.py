@@ -1,8 +1,5 @@
 import csv
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -209,30 +206,3 @@ def test_energy_is_read_or_absent(tmp_path, monkeypatch):
     with Energy() as spent:
         counter.write_text("3500000\n")
     assert spent.joules == pytest.approx(2.5)
-
-
-def test_torch_and_diffusers_are_all_it_needs(tmp_path):
-    """As on a bare machine to which the wheel of diffusers was carried."""
-    code = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[1].split(","):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-sys.meta_path.insert(0, Block())
-from dataclasses import replace
-from gen_accel.cli import bench_e2e
-from gen_accel.cli.main import main
-wan = bench_e2e.suites()["smoke"].cases[0]
-bench_e2e.suites = lambda: {"smoke": bench_e2e.Suite((replace(wan, methods=("paro", "sparse")),))}
-sys.exit(main(["bench", "e2e", "--suite=smoke", "--threads=1", "--output=" + sys.argv[2]]))
-"""
-    blocked = "yaml,imageio,cv2"
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, blocked, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert list(steps_of(tmp_path)) == ["stock", "ours", "paro", "sparse"]
