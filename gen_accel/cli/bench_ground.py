@@ -47,7 +47,7 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
     """Noise level, blocks and blur of each direction, by mean average precision on ``val``."""
     from tqdm import tqdm
 
-    from gen_accel.cli.ground_score import Readout, heat, items, pixels, read_batch
+    from gen_accel.cli.ground_score import Readout, heat, items, only, pixels, read_batch
     from gen_accel.eval.files import write_text
     from gen_accel.eval.grounding import average_precision
     from gen_accel.pipelines.probe import block_names
@@ -63,10 +63,10 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
         every = pipeline.Choice(dict.fromkeys(range(blocks)), sigma)
         for first in range(0, len(found), BATCH):
             part = found[first : first + BATCH]
-            prompts, reading = read_batch(backbone, part, "appended", every, "rows")
+            prompts, reading = read_batch(backbone, part, "appended", every, rows=True)
             for i, prompt in enumerate(prompts):
                 for window in windows:
-                    one = _only(reading.sample(i), window)
+                    one = only(reading.sample(i), dict.fromkeys(window))
                     for direction in DIRECTIONS:
                         readout = Readout("", "", direction=direction)
                         key = direction, sigma, window
@@ -109,15 +109,6 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
     return 0
 
 
-def _only(reading: Reading, blocks: tuple[int, ...]) -> Reading:
-    from dataclasses import replace
-
-    keep = [i for i, (block, _) in enumerate(reading.pairs) if block in blocks]
-    rows = None if reading.rows is None else reading.rows[:, keep]
-    pairs = tuple(reading.pairs[i] for i in keep)
-    return replace(reading, pairs=pairs, columns=reading.columns[:, keep], rows=rows)
-
-
 # -- measurement -------------------------------------------------------------------------------
 
 
@@ -129,21 +120,27 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
     from gen_accel.cli.ground_score import (
         BASELINES,
         READOUTS,
+        Readout,
         attention_mass,
         baseline,
         heat,
         items,
+        only,
         pixels,
         read_batch,
         score,
     )
     from gen_accel.eval.harness import append_rows
-    from gen_accel.pipelines.refam.pipeline import choose
+    from gen_accel.pipelines.refam.pipeline import Choice, choose
 
     started = time.perf_counter()
     found = items("test", args.expressions)
-    groups = list(dict.fromkeys((r.prompt, r.direction) for r in READOUTS))
-    choices = {d: choose(backbone.transformer, "auto", d) for _, d in groups}
+    directions = dict.fromkeys(r.direction for r in READOUTS)
+    choices = {d: choose(backbone.transformer, "auto", d) for d in directions}
+    groups: dict[tuple[str, float], list[Readout]] = {}  # what one forward serves
+    for readout in READOUTS:
+        key = readout.prompt, choices[readout.direction].sigma
+        groups.setdefault(key, []).append(readout)
     records: list[dict[str, Any]] = []
     masses: list[tuple[float, float]] = []
     scores: list[tuple[str, float]] = []
@@ -152,22 +149,25 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
     for first in range(0, len(found), BATCH):
         part = found[first : first + BATCH]
         shares: dict[str, list[tuple[float, float]]] = {}
-        for kind, direction in groups:
-            choice = choices[direction]
-            prompts, reading = read_batch(backbone, part, kind, choice, direction)
+        for (kind, sigma), readouts in groups.items():
+            union = {b: None for r in readouts for b in choices[r.direction].heads}
+            rows = any(r.direction == "rows" for r in readouts)
+            prompts, reading = read_batch(backbone, part, kind, Choice(union, sigma), rows)
             for i, item in enumerate(part):
                 one = reading.sample(i)
-                if direction == "text" and kind in ("bare", "magnets"):
-                    mass = attention_mass(backbone, one, prompts[i], item)
+                text = only(one, choices["text"].heads)
+                if sigma == choices["text"].sigma and kind in ("bare", "magnets"):
+                    mass = attention_mass(backbone, text, prompts[i], item)
                     shares.setdefault(kind, []).append(mass)
-                if direction == "text" and kind == "magnets":
-                    sinks += int(one.sinks.sum())
-                    scores.append((item.expression.tier, _peak(backbone, one, prompts[i])))
-                for readout in READOUTS:
-                    if (readout.prompt, readout.direction) == (kind, direction):
-                        heatmap = heat(backbone, one, prompts[i], readout, first + i)
-                        answer = pixels(backbone, heatmap, item, choice.blur)
-                        records.append(score(item, readout.name, first + i, answer, readout.masks))
+                    if kind == "magnets":
+                        sinks += int(one.sinks.sum())
+                        scores.append((item.expression.tier, _peak(backbone, text, prompts[i])))
+                for readout in readouts:
+                    choice = choices[readout.direction]
+                    own = only(one, choice.heads)
+                    heatmap = heat(backbone, own, prompts[i], readout, first + i)
+                    answer = pixels(backbone, heatmap, item, choice.blur)
+                    records.append(score(item, readout.name, first + i, answer, readout.masks))
         pairs = zip(shares["bare"], shares["magnets"])
         masses += [(m[0] / b[0], m[1] / b[1]) for b, m in pairs]
         bar.update(len(part))
@@ -178,17 +178,17 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
         (item.expression.tier, peak)
         for item, peak in _peaks(backbone, items("test", 200, targets=False), choices["text"])
     ]
-    rows = ground_report.conditions(records)
-    rows += ground_report.hypotheses(records, masses, sinks, len(found))
-    rows += abstention(scores, absent)
-    rows += planted(backbone, found[:40], choices["text"])
-    rows += overhead(backbone, found[:1], choices["text"])
-    print(ground_report.page(rows))
+    results = ground_report.conditions(records)
+    results += ground_report.hypotheses(records, masses, sinks, len(found))
+    results += abstention(scores, absent)
+    results += planted(backbone, found[:40], choices["text"])
+    results += overhead(backbone, found[:1], choices["text"])
+    print(ground_report.page(results))
     print(f"{time.perf_counter() - started:.0f} s")
-    for row in rows:
+    for row in results:
         row["model"] = f"toy-{args.model}"
     if args.out:
-        append_rows(args.out, rows)
+        append_rows(args.out, results)
     return 0
 
 
@@ -198,7 +198,7 @@ def _peaks(backbone: Backbone, found: list[Item], choice: Any) -> list[tuple[Ite
     out = []
     for first in range(0, len(found), BATCH):
         part = found[first : first + BATCH]
-        prompts, reading = read_batch(backbone, part, "magnets", choice, "text")
+        prompts, reading = read_batch(backbone, part, "magnets", choice)
         out += [
             (item, _peak(backbone, reading.sample(i), prompts[i])) for i, item in enumerate(part)
         ]

@@ -113,6 +113,8 @@ def abstention(
     for tier in ("all", *dict.fromkeys(t for t, _ in absent)):
         yes = [s for t, s in answered if tier in ("all", t)]
         no = [s for t, s in absent if tier in ("all", t)]
+        if not yes:
+            continue
         area = statistics.fmean((a > b) + 0.5 * (a == b) for a in yes for b in no)
         counts = {"with_target": len(yes), "without": len(no)}
         rows.append(result_row("ground abstention", tier, area, "AUC", n=len(no), config=counts))

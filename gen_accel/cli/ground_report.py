@@ -75,6 +75,8 @@ def hypotheses(
                     for n in (better, worse)
                 ]
                 both = [i for i in found[0] if i in found[1]]
+                if not both:
+                    continue
                 gains = [found[0][i][metric] - found[1][i][metric] for i in both]
                 scenes = [found[0][i]["scene"] for i in both]
                 config = {

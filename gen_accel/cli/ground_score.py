@@ -35,7 +35,7 @@ from gen_accel.pipelines.refam.heatmap import (
     to_pixels,
     word_shares,
 )
-from gen_accel.pipelines.refam.reading import Reading, read, token_table
+from gen_accel.pipelines.refam.reading import Heads, Reading, read, token_table
 from gen_accel.pipelines.refam.sinks import SinkRule
 
 if TYPE_CHECKING:
@@ -169,9 +169,9 @@ def make(item: Item, kind: str) -> Prompt:
 
 
 def read_batch(
-    backbone: Backbone, part: list[Item], kind: str, choice: Choice, direction: str
+    backbone: Backbone, part: list[Item], kind: str, choice: Choice, rows: bool = False
 ) -> tuple[list[Prompt], Reading]:
-    """One forward (two for ``"magnets 2"``) of a batch of expressions."""
+    """One forward (two for ``"magnets 2"``) of a batch of expressions; ``rows`` reads those too."""
     prompts = [make(item, kind) for item in part]
     latents = to_latents(torch.stack([item.video.movedim(1, -1) for item in part]))
     reading = read(
@@ -181,10 +181,18 @@ def read_batch(
         heads=choice.heads,
         sigma=choice.sigma,
         seeds=(0, 1) if kind.endswith(" 2") else (0,),
-        rows=direction == "rows",
+        rows=rows,
         rule=SinkRule() if kind.startswith("magnets") else None,
     )
     return prompts, reading
+
+
+def only(reading: Reading, heads: Heads) -> Reading:
+    """The part of a reading that some blocks gave."""
+    keep = [i for i, (block, _) in enumerate(reading.pairs) if block in heads]
+    rows = None if reading.rows is None else reading.rows[:, keep]
+    pairs = tuple(reading.pairs[i] for i in keep)
+    return replace(reading, pairs=pairs, columns=reading.columns[:, keep], rows=rows)
 
 
 def heat(
