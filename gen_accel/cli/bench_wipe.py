@@ -436,12 +436,26 @@ def run(args: argparse.Namespace) -> int:
                 made = reconstruction_rows(flow, batch, SETTING)
             else:
                 made = removal_rows(flow, batch, SETTING, network, what == "ablated")
-            made = [{**info, **row} for row in made]
+            made = [{**info, **_headline(row), **row} for row in made]
             rows += made
             if path is not None:
                 append_rows(path, made)
     print(tables([row for row in rows if row["split"] == args.split]))
     return 0
+
+
+def _headline(row: dict) -> dict:
+    """The one number of a row, as all result files have it."""
+    part = row["part"]
+    value = (
+        row["arms"][FULL]["foreground"] if part == "removal"
+        else row["iou" if part == "mask" else "attn_v"]
+    )  # fmt: skip
+    return {
+        "name": f"{part} {row['set']}",
+        "value": value,
+        "unit": "IoU" if part == "mask" else "dB",
+    }
 
 
 def _jobs(
