@@ -22,7 +22,7 @@ _DIFFUSERS_NAMES = {
     "GeneralDIT": "CosmosTransformer3DModel",
     "MiniTrainDIT": "CosmosTransformer3DModel",
 }
-_BLOCK_LISTS = ("blocks", "double_blocks", "single_blocks")
+_BLOCK_LISTS = ("blocks", "vace_blocks", "double_blocks", "single_blocks")
 
 
 def bind(

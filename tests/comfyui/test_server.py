@@ -72,7 +72,7 @@ def graph(family, *patches, seed=0, steps=4, height=16, width=24):
     nodes = {"tiny": node("TinyModel", family=family, height=height, width=width)}
     model = ["tiny", 0]
     for number, (kind, settings) in enumerate(patches):
-        nodes[f"patch{number}"] = node(kind, model=model, **settings)
+        nodes[f"patch{number}"] = node(kind, **settings | {"model": model})
         model = [f"patch{number}", 0]
     # HunyuanVideo has its guidance embedded; ComfyUI cannot batch two prompts with masks for it.
     cfg = 1.0 if family == "hunyuan_video" else 4.0
@@ -185,6 +185,38 @@ def test_every_sparse_node_on_every_family(server, family, name):
     report = text_of(outputs)
     assert re.search(r"self-attention: [1-9]\d* sparse calls", report), report
     assert latent(server, outputs).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["pooled", "paro"])
+@pytest.mark.parametrize("family", ["wan_i2v", "wan_vace", "wan22"])
+def test_other_wans(server, family, name):
+    kind, settings = SETTINGS[name]
+    plain = sampled(server, family)
+    dense = (kind, settings | ALWAYS | {"start_percent": 1.0})
+    assert torch.equal(sampled(server, family, dense), plain)
+    patch = (kind, settings | ALWAYS | {"start_percent": 0.5})
+    outputs = run(server, with_report(graph(family, patch)))
+    calls = 6 if family == "wan_vace" else 4  # its own block is one more
+    assert f"{calls} sparse calls, {calls} dense" in text_of(outputs)
+    assert (latent(server, outputs) - plain).abs().max() > 1e-5
+
+
+def test_a_run_split_between_two_samplers(server):
+    """As Wan 2.2 does it: percent is of the whole schedule, not of each part."""
+    nodes = graph("wan", (SPARSE, SETTINGS["pooled"][1] | ALWAYS | {"start_percent": 0.5}))
+    shared = nodes.pop("sample")["inputs"]
+    shared |= {"noise_seed": shared.pop("seed"), "return_with_leftover_noise": "enable"}
+    del shared["denoise"]
+    first = shared | {"add_noise": "enable", "start_at_step": 0, "end_at_step": 2}
+    last = shared | {"add_noise": "disable", "start_at_step": 2, "end_at_step": 4}
+    nodes["sample"] = node("KSamplerAdvanced", **last | {"latent_image": ["report1", 0]})
+    nodes["sample1"] = node("KSamplerAdvanced", **first)
+    nodes["report1"] = node("GenAccelReport", model=shared["model"], after=["sample1", 0])
+    outputs = run(server, with_report(nodes))
+    assert "0 sparse calls, 4 dense" in text_of(outputs, "report1")
+    assert "4 sparse calls, 0 dense" in text_of(outputs)
+    whole = sampled(server, "wan", (SPARSE, nodes["patch0"]["inputs"] | {"model": None}))
+    assert (latent(server, outputs) - whole).abs().max() < 1e-4
 
 
 def test_dense_backends(server):

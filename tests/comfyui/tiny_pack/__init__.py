@@ -2,7 +2,9 @@
 
 import torch
 
-FAMILIES = ("wan", "hunyuan_video", "flux", "cosmos", "cosmos2")
+FAMILIES = (
+    "wan", "wan_i2v", "wan_vace", "wan22", "hunyuan_video", "flux", "cosmos", "cosmos2",
+)  # fmt: skip
 TEXT, WIDTH = 32, 32
 CALLS = {}
 _MODELS = {}
@@ -12,12 +14,17 @@ def _make(family):
     import comfy.model_patcher
     import comfy.supported_models as models
 
+    wan = {
+        "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "text_len": TEXT,
+        "in_dim": 16, "dim": 48, "ffn_dim": 64, "freq_dim": 64, "text_dim": WIDTH, "out_dim": 16,
+        "num_heads": 2, "num_layers": 2,
+    }  # fmt: skip
     kind, config = {
-        "wan": (models.WAN21_T2V, {
-            "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2),
-            "text_len": TEXT, "in_dim": 16, "dim": 48, "ffn_dim": 64, "freq_dim": 64,
-            "text_dim": WIDTH, "out_dim": 16, "num_heads": 2, "num_layers": 2,
-        }),
+        "wan": (models.WAN21_T2V, wan),
+        "wan_i2v": (models.WAN21_I2V, wan | {"model_type": "i2v", "in_dim": 36}),
+        "wan_vace": (models.WAN21_Vace, wan | {"model_type": "vace", "vace_layers": 1}
+                     | {"vace_in_dim": 96}),
+        "wan22": (models.WAN22_T2V, wan | {"in_dim": 48, "out_dim": 48}),
         "hunyuan_video": (models.HunyuanVideo, {
             "image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2],
             "out_channels": 16, "vec_in_dim": 24, "context_in_dim": WIDTH, "hidden_size": 64,
@@ -92,7 +99,8 @@ class TinyModel:
         if family == "hunyuan_video":
             extra["attention_mask"] = (torch.arange(TEXT)[None] < 20).long()
         texts = [torch.randn(1, TEXT, WIDTH, generator=generator) for _ in range(2)]
-        shape = (1, 16, height, width) if family == "flux" else (1, 16, 5, height, width)
+        channels = 48 if family == "wan22" else 16
+        shape = (1, channels, *([] if family == "flux" else [5]), height, width)
         conditioning = ([[text, dict(extra)]] for text in texts)
         return _MODELS[family], {"samples": torch.zeros(shape)}, *conditioning
 
