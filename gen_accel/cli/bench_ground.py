@@ -60,7 +60,7 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
     maps: dict[tuple[str, float, tuple[int, ...]], list[Tensor]] = {}
     bar = tqdm(total=len(SIGMAS) * len(found), desc="validation", unit="forward")
     for sigma in SIGMAS:
-        every = pipeline.Choice(dict.fromkeys(range(blocks)), sigma)
+        every = pipeline.Choice(dict.fromkeys(range(blocks)), sigma=sigma)
         for first in range(0, len(found), BATCH):
             part = found[first : first + BATCH]
             prompts, reading = read_batch(backbone, part, "appended", every, rows=True)
@@ -82,7 +82,7 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
             values.append(float(average_precision(answer, item.target)))
         return statistics.fmean(values)
 
-    chosen = {}
+    chosen: dict[str, dict[str, Any]] = {}
     for direction in DIRECTIONS:
         plain = {key: precision(key, 0.0) for key in maps if key[0] == direction}
         best = max(plain, key=lambda key: plain[key])
@@ -100,10 +100,12 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
                 f"  sigma {sigma}: blocks {list(top)} {plain[direction, sigma, top]:.3f}, "
                 f"all {everything:.3f}"
             )
+    best_direction = max(chosen, key=lambda d: chosen[d]["average_precision"])
     path = Path(pipeline.__file__).parent / "chosen.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     table["models"][pipeline.model_key(backbone.transformer)] = {
-        "from": f"toy-{args.model}, {len(found)} expressions of validation scenes", **chosen
+        "from": f"toy-{args.model}, {len(found)} expressions of validation scenes",
+        "direction": best_direction, **chosen,
     }  # fmt: skip
     write_text(path, json.dumps(table, indent=2) + "\n")
     return 0
@@ -152,7 +154,7 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
         for (kind, sigma), readouts in groups.items():
             union = {b: None for r in readouts for b in choices[r.direction].heads}
             rows = any(r.direction == "rows" for r in readouts)
-            prompts, reading = read_batch(backbone, part, kind, Choice(union, sigma), rows)
+            prompts, reading = read_batch(backbone, part, kind, Choice(union, sigma=sigma), rows)
             for i, item in enumerate(part):
                 one = reading.sample(i)
                 text = only(one, choices["text"].heads)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.refam.pipeline import Choice
 
 KAPPAS = (5.0, 10.0, 20.0, 40.0)
+ROUNDS = 30  # of timing
 
 
 def plant(call: Call, places: Tensor, share: float = 0.1) -> Call:
@@ -142,7 +143,7 @@ def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict
     rows = []
     for name, rule in (("words", None), ("words and sinks", SinkRule())):
         ratios = []
-        for _ in range(30):
+        for _ in range(ROUNDS):
             spent = []
             for part in (plain, partial(reading, rule), everything_but_attention):
                 start = time.perf_counter()
@@ -151,7 +152,7 @@ def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict
             ratios.append((spent[1] - spent[2]) / spent[0] - 1)
         rows.append(
             result_row(
-                "ground overhead", name, statistics.median(ratios), "share of a forward", n=30,
+                "ground overhead", name, statistics.median(ratios), "share of a forward", n=ROUNDS,
                 config={"blocks": sorted(choice.heads)},
             )
         )  # fmt: skip

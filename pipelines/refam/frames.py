@@ -35,7 +35,7 @@ def _frame(picture: Any) -> Tensor:
         if picture.mode not in ("RGB", "RGBA", "L"):
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         picture = np.asarray(picture)
-    x = torch.from_numpy(np.array(picture))
+    x = torch.from_numpy(np.asarray(picture).copy())
     if x.ndim == 2:
         x = x[..., None]
     if x.ndim != 3 or x.shape[-1] not in (1, 3, 4):

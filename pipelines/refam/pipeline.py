@@ -25,6 +25,7 @@ from gen_accel.pipelines.refam.backbone import Backbone
 from gen_accel.pipelines.refam.expression import Prompt, Word, default_magnets, make_prompt
 from gen_accel.pipelines.refam.frames import to_frames
 from gen_accel.pipelines.refam.heatmap import (
+    DIRECTIONS,
     aggregate,
     find_point,
     normalise,
@@ -165,7 +166,7 @@ class RefAMPipeline(DiffusionPipeline):
         magnets: str | Sequence[str] = "default",
         place: str = "last",
         spatial: bool = True,
-        direction: str = "text",
+        direction: str = "auto",
         sigma: float | None = None,
         draws: int = 1,
         seed: int = 0,
@@ -196,7 +197,8 @@ class RefAMPipeline(DiffusionPipeline):
             place: ``"last"`` or ``"first"``.
             spatial: Keep words of place as content.
             direction: ``"text"``, ``"joint"`` or ``"rows"``, see
-                `gen_accel.pipelines.refam.heatmap.word_shares`.
+                `gen_accel.pipelines.refam.heatmap.word_shares`; ``"auto"``: the model's choice, or
+                ``"text"``.
             sigma: Noise level in (0, 1); None: the model's choice, or 0.5.
             draws: Noise draws that are averaged.
             seed: Of the first draw.
@@ -244,6 +246,7 @@ class RefAMPipeline(DiffusionPipeline):
             expression, magnets=magnets, caption=caption, place=place, spatial=spatial
         )
         choice = choose(self.transformer, layers, direction)
+        direction = choice.direction
         fitted = backbone.fit(frames)
         latents = backbone.encode(fitted[None].to(backbone.device))
         rule = None if sinks == "none" else sink_rule or SinkRule()
@@ -297,12 +300,14 @@ class Choice:
 
     Attributes:
         heads: Blocks, and their heads.
+        direction: As in `gen_accel.pipelines.refam.heatmap.word_shares`.
         sigma: Noise level.
         blur: Of the heatmap, in tokens.
         source: Where the choice comes from.
     """
 
     heads: Heads
+    direction: str = "text"
     sigma: float = 0.5
     blur: float = 1.0
     source: str = "given"
@@ -317,36 +322,46 @@ def model_key(transformer: Any) -> str:
     )
 
 
-def choose(transformer: Any, layers: str | Sequence[int], direction: str) -> Choice:
-    """Blocks, noise level and blur for a model.
+def choose(
+    transformer: Any, layers: str | Sequence[int] = "auto", direction: str = "auto"
+) -> Choice:
+    """Direction, blocks, noise level and blur for a model.
 
     Args:
         transformer: The model.
         layers: As in the call of `RefAMPipeline`.
-        direction: A choice belongs to a direction.
+        direction: Likewise.
 
     Raises:
-        ValueError: No such blocks.
+        ValueError: No such blocks, no such direction.
     """
+    if direction not in ("auto", *DIRECTIONS):
+        raise ValueError(
+            f"direction={direction!r}: choose 'auto', {', '.join(map(repr, DIRECTIONS))}"
+        )
     names = block_names(transformer)
+    table = json.loads((Path(__file__).parent / "chosen.json").read_text(encoding="utf-8"))
+    known = table["models"].get(model_key(transformer), {})
+    if direction == "auto":
+        direction = known.get("direction", "text")
     if not isinstance(layers, str):
-        blocks = sorted({range(len(names))[b] if -len(names) <= b < len(names) else b
-                         for b in layers})  # fmt: skip
-        if not blocks or blocks[-1] >= len(names) or blocks[0] < 0:
-            raise ValueError(f"layers={list(layers)}: the model has blocks 0 to {len(names) - 1}")
-        return Choice(dict.fromkeys(blocks))
+        count = len(names)
+        blocks = sorted({b + count if b < 0 else b for b in layers})
+        if not blocks or blocks[-1] >= count or blocks[0] < 0:
+            raise ValueError(f"layers={list(layers)}: the model has blocks 0 to {count - 1}")
+        return Choice(dict.fromkeys(blocks), direction)
     if layers not in ("auto", "middle"):
         raise ValueError(f"layers={layers!r}: give 'auto', 'middle' or indices of blocks")
-    if layers == "auto":
-        table = json.loads((Path(__file__).parent / "chosen.json").read_text(encoding="utf-8"))
-        known = table["models"].get(model_key(transformer), {}).get(direction)
-        if known is not None:
-            heads = dict.fromkeys(known["blocks"])
-            return Choice(heads, known["sigma"], known["blur"], "validation")
+    if layers == "auto" and direction in known:
+        best = known[direction]
+        heads = dict.fromkeys(best["blocks"])
+        return Choice(heads, direction, best["sigma"], best["blur"], "validation")
     dual = [i for i, name in enumerate(names) if not name.startswith("single_")]
     blocks = dual if len(dual) >= 3 else list(range(len(names)))
     third = len(blocks) // 3
-    return Choice(dict.fromkeys(blocks[third : len(blocks) - third]), source="middle third")
+    return Choice(
+        dict.fromkeys(blocks[third : len(blocks) - third]), direction, source="middle third"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,12 +144,18 @@ def test_captions_are_read_and_do_not_answer(toy, scene):
 
 
 def test_choices_by_model_and_by_name(toy):
-    frozen = choose(toy.transformer, "auto", "text")
+    frozen = choose(toy.transformer)
     assert frozen.source == "validation" and 0 < frozen.sigma < 1
+    assert frozen.direction == "joint"
+    assert choose(toy.transformer, direction="rows").direction == "rows"
     pipe, _ = tiny.tiny_flux(layers=7)
-    other = choose(pipe.transformer, "auto", "text")
-    assert other.source == "middle third" and list(other.heads) == [2, 3, 4]
-    assert list(choose(pipe.transformer, [0, -1], "text").heads) == [0, 8]
+    other = choose(pipe.transformer)
+    assert (
+        other.direction == "text"
+        and other.source == "middle third"
+        and list(other.heads) == [2, 3, 4]
+    )
+    assert list(choose(pipe.transformer, [0, -1]).heads) == [0, 8]
 
 
 def test_one_words_attention_decides(toy, scene, monkeypatch):
