@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gen_accel.kernels.fused import fused
+from gen_accel.kernels.prepare import Rope, prepare
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 from gen_accel.parallel import context_parallel, ulysses_attention
 
@@ -188,6 +191,29 @@ class Family:
         if stock not in self.processors:
             return self.kept.get(stock, f"{stock} is not known to the {self.name} family")
         return "cross-attention" if getattr(module, "is_cross_attention", False) else None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, halves: bool = False) -> Tensor:
+    """RoPE on the first tokens of ``[B, S, H, D]``: one read and one write.
+
+    On a GPU in one kernel, elsewhere with temporaries of half the width; diffusers' own functions
+    make several copies in fp32. What is compiled is left to the compiler.
+
+    Args:
+        x: Queries or keys.
+        cos: ``[tokens, D / 2]``, a number per pair of channels; what follows stays as it is.
+        sin: Same.
+        halves: Channels i and ``i + D / 2`` are a pair, else 2i and 2i + 1.
+    """
+    if fused(x) and not torch.compiler.is_compiling():
+        return prepare(x, None, Rope(cos, sin, 0, halves)).transpose(1, 2)
+    tokens, axis = len(cos), -2 if halves else -1
+    pairs = (2, -1) if halves else (-1, 2)
+    real, imag = x[:, :tokens].unflatten(-1, pairs).unbind(axis)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.stack([real * cos - imag * sin, imag * cos + real * sin], axis)
+    turned = turned.flatten(-2).to(x.dtype)
+    return turned if tokens == x.shape[1] else torch.cat([turned, x[:, tokens:]], 1)
 
 
 def split_plan(block: str, arguments: Sequence[str], embeddings: Mapping[str, int]) -> Any:

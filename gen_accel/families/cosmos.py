@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from gen_accel.families.base import (
@@ -14,6 +13,7 @@ from gen_accel.families.base import (
     TokenPath,
     argument,
     is_a,
+    rotate,
     split_heads,
     split_plan,
     video_layout,
@@ -42,12 +42,11 @@ class CosmosProcessor(FamilyProcessor):
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
 
-        def rope(x: Tensor) -> Any:
-            return apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
-
         head_dim = attn.inner_dim // attn.heads
-        q = rope(attn.norm_q(split_heads(attn.to_q(hidden_states), head_dim)))
-        k = rope(attn.norm_k(split_heads(attn.to_k(hidden_states), head_dim)))
+        cos, sin = (freqs[:, : head_dim // 2] for freqs in image_rotary_emb)  # both halves alike
+        q = attn.norm_q(split_heads(attn.to_q(hidden_states), head_dim))
+        k = attn.norm_k(split_heads(attn.to_k(hidden_states), head_dim))
+        q, k = rotate(q, cos, sin, halves=True), rotate(k, cos, sin, halves=True)
         v = split_heads(attn.to_v(hidden_states), head_dim)
         out = self.attention(q, k, v).flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from gen_accel.families.base import (
@@ -16,6 +15,7 @@ from gen_accel.families.base import (
     argument,
     is_a,
     read_once,
+    rotate,
     split_heads,
 )
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
@@ -47,8 +47,7 @@ class FluxProcessor(FamilyProcessor):
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
 
-        def rope(x: Tensor) -> Any:
-            return apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)
+        cos, sin = (freqs[:, ::2] for freqs in image_rotary_emb)  # each number twice
 
         def project(x: Tensor, fused: str, *single: str) -> list[Tensor]:
             if attn.fused_projections:
@@ -68,7 +67,8 @@ class FluxProcessor(FamilyProcessor):
             k = torch.cat([attn.norm_added_k(text_k), k], dim=1)
             v = torch.cat([text_v, v], dim=1)
 
-        out = self.attention(rope(q), rope(k), v).flatten(2, 3).to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = self.attention(q, k, v).flatten(2, 3).to(q.dtype)
         if encoder_hidden_states is None:
             return out
         text = encoder_hidden_states.shape[1]

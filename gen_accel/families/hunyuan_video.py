@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from gen_accel.families.base import (
@@ -17,6 +16,7 @@ from gen_accel.families.base import (
     latent_grid,
     prefix_lengths,
     read_once,
+    rotate,
     split_heads,
     split_plan,
 )
@@ -46,17 +46,16 @@ class HunyuanVideoProcessor(FamilyProcessor):
         def project(x: Tensor, to_q: nn.Module, to_k: nn.Module, to_v: nn.Module) -> list[Tensor]:
             return [split_heads(to(x), head_dim) for to in (to_q, to_k, to_v)]
 
-        def rope(x: Tensor) -> Any:
-            return apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)
-
+        cos, sin = (freqs[:, ::2] for freqs in image_rotary_emb)  # each number twice
         if attn.add_q_proj is None:  # single-stream block: one projection for video and text
             joint = torch.cat([hidden_states, encoder_hidden_states], dim=1)
             q, k, v = project(joint, attn.to_q, attn.to_k, attn.to_v)
-            q, k = _norm(attn.norm_q, q), _norm(attn.norm_k, k)
-            q, k = (torch.cat([rope(x[:, :video]), x[:, video:]], dim=1) for x in (q, k))
+            q = rotate(_norm(attn.norm_q, q), cos, sin)
+            k = rotate(_norm(attn.norm_k, k), cos, sin)
         else:
             q, k, v = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-            q, k = rope(_norm(attn.norm_q, q)), rope(_norm(attn.norm_k, k))
+            q = rotate(_norm(attn.norm_q, q), cos, sin)
+            k = rotate(_norm(attn.norm_k, k), cos, sin)
             text_q, text_k, text_v = project(
                 encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
             )

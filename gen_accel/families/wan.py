@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gen_accel.families.base import (
@@ -13,6 +12,7 @@ from gen_accel.families.base import (
     Match,
     TokenPath,
     is_a,
+    rotate,
     split_heads,
     video_layout,
 )
@@ -42,26 +42,14 @@ class WanProcessor(FamilyProcessor):
 
         # The norm runs across heads, so it comes before they are split.
         head_dim = attn.inner_dim // attn.heads
-        q = rotate(split_heads(attn.norm_q(q), head_dim), rotary_emb)
-        k = rotate(split_heads(attn.norm_k(k), head_dim), rotary_emb)
+        # cos and sin are [1, tokens, 1, head_dim], each number twice.
+        cos, sin = (freqs[0, :, 0, ::2] for freqs in rotary_emb)
+        q = rotate(split_heads(attn.norm_q(q), head_dim), cos, sin)
+        k = rotate(split_heads(attn.norm_k(k), head_dim), cos, sin)
         out = self.attention(q, k, split_heads(v, head_dim))
 
         out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def rotate(x: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE on neighbouring channels of ``[B, S, H, D]``; cos, sin ``[1, S, 1, D]``, each twice.
-
-    Half-width temporaries only: diffusers' general function peaks at several fp32 copies of ``x``.
-    """
-    cos, sin = (freqs[..., ::2] for freqs in rotary_emb)
-    pairs = x.unflatten(-1, (-1, 2))
-    real, imag = pairs.unbind(-1)
-    turned = torch.empty_like(pairs)
-    turned[..., 0] = real * cos - imag * sin
-    turned[..., 1] = imag * cos + real * sin
-    return turned.flatten(-2)
 
 
 def _match(attn: Any, encoder: Any, mask: Tensor | None, rope: Any) -> Match | None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-from gen_accel.families.wan import rotate
+from gen_accel.families.base import rotate
 from gen_accel.kernels.prepare import AxisPlaces, IndexPlaces, Rope, prepare, restore
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.order.axis import _AXES, AxisOrder
@@ -67,9 +67,12 @@ def test_rope_is_that_of_the_models():
     twice = [t.repeat_interleave(2, 1) for t in (cos, sin)]  # as Wan, FLUX and HunyuanVideo hold it
     got = prepare(x, rope=Rope(twice[0][:, ::2], twice[1][:, 1::2])).transpose(1, 2)
     torch.testing.assert_close(got, apply_rotary_emb(x, twice, sequence_dim=1))
-    torch.testing.assert_close(got, rotate(x, tuple(t[None, :, None] for t in twice)))
+    torch.testing.assert_close(got, rotate(x, cos, sin))
     halves = [torch.cat([t, t], 1) for t in (cos, sin)]  # as Cosmos
     got = prepare(x, rope=Rope(halves[0][:, :4], halves[1][:, 4:], halves=True)).transpose(1, 2)
+    torch.testing.assert_close(got, rotate(x, cos, sin, halves=True))
+    some = rotate(x, cos[:5], sin[:5])
+    assert torch.equal(some[:, 5:], x[:, 5:]) and not torch.equal(some[:, 1:5], x[:, 1:5])
     right = apply_rotary_emb(x, halves, sequence_dim=1, use_real_unbind_dim=-2)
     torch.testing.assert_close(got, right)
 
