@@ -101,6 +101,7 @@ class RefAMPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["text_encoder_2", "tokenizer_2"]
+    transformer: Any
 
     def __init__(
         self,
@@ -129,7 +130,8 @@ class RefAMPipeline(DiffusionPipeline):
         }
         if name != "WanPipeline":
             parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
-        self.register_modules(**parts, **({} if len(parts) > 5 else _NO_SECOND))
+        both = {"text_encoder_2": None, "tokenizer_2": None, **parts}
+        self.register_modules(**both)  # type: ignore[attr-defined]
         # Not a component: it only lends its text encoding, and shares every module.
         self._base = getattr(importlib.import_module("diffusers"), name)(**parts)
 
@@ -289,9 +291,6 @@ class RefAMPipeline(DiffusionPipeline):
             stop_share=float(np.mean([a.stop_share for a in answers])),
             variation=float(each.std(0, correction=0).mean()),
         )
-
-
-_NO_SECOND: dict[str, Any] = {"text_encoder_2": None, "tokenizer_2": None}
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ class Sam2:
             ) from error
         self.device = torch.device(device)
         self._checkpoint = checkpoint
-        self._video_classes = Sam2VideoModel, Sam2VideoProcessor
-        self._model: Any = Sam2Model.from_pretrained(checkpoint).to(self.device).eval()
+        self._video_classes: tuple[Any, Any] = Sam2VideoModel, Sam2VideoProcessor
+        model: Any = Sam2Model.from_pretrained(checkpoint)
+        self._model = model.to(self.device).eval()
         self._video: tuple[Any, Any] | None = None
 
     @torch.no_grad()
