@@ -48,7 +48,8 @@ def intercept(transformer: nn.Module, around: Around) -> Iterator[int]:
     for name, module in transformer.named_modules():
         processor: Any = getattr(module, "processor", None)
         if isinstance(processor, FamilyProcessor):
-            attend, kind, stock = processor.attend, type(processor), processor.stock
+            attend: Attend = processor.attend
+            kind, stock = type(processor), processor.stock
         elif processor is not None and family.keep(name, module) is None:
             attend, kind, stock = _dense, family.processors[type(processor).__name__], processor
         else:
@@ -83,19 +84,13 @@ def _unhoist(transformer: nn.Module) -> Any:
 
 def _through(attend: Attend, around: Around, number: int) -> Attend:
     def through(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layer: int | Tensor,
-        backend: Any = None,
-        mask: Tensor | None = None,
-        heads: slice | None = None,
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, *, layer: int | Tensor, backend: Any,
+        mask: Tensor | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
         def inner(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
             if bias is not None:  # block lists know no bias
                 return _dense(q, k, v, layer=layer, backend=backend, mask=_biased(mask, bias))
-            return attend(q, k, v, layer=layer, backend=backend, mask=mask, heads=heads)
+            return attend(q, k, v, layer=layer, backend=backend, mask=mask, **options)
 
         return around(inner, q, k, v, layer=number, mask=mask)
 
@@ -103,15 +98,9 @@ def _through(attend: Attend, around: Around, number: int) -> Attend:
 
 
 def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layer: int | Tensor,
-    backend: Any = None,
-    mask: Tensor | None = None,
-    heads: slice | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, layer: int | Tensor, backend: Any,
+    mask: Tensor | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)

@@ -103,12 +103,11 @@ def word_tokens(spans: Sequence[Span | None], where: Sequence[Span]) -> tuple[in
 
 def _in_template(pipe: Any, prompt: str, template: dict[str, Any] | None) -> tuple[str, int, int]:
     """What HunyuanVideo's encoder reads, where the prompt begins in it, tokens that are cut off."""
-    if template is None:
-        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import (
-            DEFAULT_PROMPT_TEMPLATE as template,
-        )
-    head = template["template"].partition("{}")[0].format()
-    crop = template.get("crop_start")
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    chosen: dict[str, Any] = template or dict(DEFAULT_PROMPT_TEMPLATE)
+    head = chosen["template"].partition("{}")[0].format()
+    crop = chosen.get("crop_start")
     if crop is None:  # the pipeline counts the end token and the braces off
-        crop = len(pipe.tokenizer(template["template"])["input_ids"]) - 2
-    return template["template"].format(prompt), len(head), crop
+        crop = len(pipe.tokenizer(chosen["template"])["input_ids"]) - 2
+    return chosen["template"].format(prompt), len(head), crop

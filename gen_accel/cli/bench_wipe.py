@@ -34,7 +34,7 @@ from gen_accel.pipelines.words import text_spans, word_tokens
 
 TOKENS = 32  # of text
 COVERED = 0.25  # share of a token's pixels an effect must change for the token to count as effect
-GONE = 0.1  # residue below which nothing of an object is left
+SPEED_DENSITY = 0.2
 # Chosen on 24 clips per kind of the val split. Layers are the toy's.
 SETTING = WipeSetting(
     steps=12,
@@ -401,6 +401,37 @@ def reconstruction_rows(flow: VideoFlow, batch: Batch, setting: WipeSetting) -> 
     return rows
 
 
+# -- time --------------------------------------------------------------------------------------
+
+
+def speed_row(flow: VideoFlow, rounds: int) -> dict:
+    """Inversion and way back on more tokens than the toy's own, dense and sparse in turn."""
+    from gen_accel import SparseProcessor, apply
+    from gen_accel.eval.harness import measure
+
+    latents = torch.randn(1, 3, 5, 128, 128, generator=torch.Generator().manual_seed(0))
+    text = flow.text(["a red circle with a shadow"])
+    grid = flow.layout(latents, text).grid
+    object_ = torch.zeros(1, *grid, dtype=torch.bool)
+    object_[:, :, 8:16, 8:16] = True
+    remover = Remover(flow, replace(SETTING, steps=3))
+
+    def wipe() -> None:
+        inversion = remover.invert(latents, text, object_)
+        remover.remove(inversion, text, torch.zeros_like(object_), latents)
+
+    def sparse() -> None:
+        policy = SparseProcessor(density=SPEED_DENSITY, dense_steps=0.0, min_tokens=0)
+        with apply(flow.pipe.transformer, policy):
+            wipe()
+
+    times = measure({"dense": wipe, "sparse": sparse}, repeats=rounds, warmup=0)
+    return {
+        "part": "speed", "set": f"{grid} tokens", "seed": 0, "density": SPEED_DENSITY,
+        "rounds": rounds, "ratio": times["sparse"].speedup_over(times["dense"]),
+    }  # fmt: skip
+
+
 # -- the command -------------------------------------------------------------------------------
 
 
@@ -440,6 +471,12 @@ def run(args: argparse.Namespace) -> int:
             rows += made
             if path is not None:
                 append_rows(path, made)
+    if args.rounds:
+        with torch.no_grad():
+            row = speed_row(flow, args.rounds)
+        rows.append({**info, **_headline(row), **row})
+        if path is not None:
+            append_rows(path, rows[-1:])
     print(tables([row for row in rows if row["split"] == args.split]))
     return 0
 
@@ -447,15 +484,11 @@ def run(args: argparse.Namespace) -> int:
 def _headline(row: dict) -> dict:
     """The one number of a row, as all result files have it."""
     part = row["part"]
-    value = (
-        row["arms"][FULL]["foreground"] if part == "removal"
-        else row["iou" if part == "mask" else "attn_v"]
-    )  # fmt: skip
-    return {
-        "name": f"{part} {row['set']}",
-        "value": value,
-        "unit": "IoU" if part == "mask" else "dB",
-    }
+    key, unit = {
+        "mask": ("iou", "IoU"), "reconstruction": ("attn_v", "dB"), "speed": ("ratio", "x"),
+    }.get(part, ("", "dB"))  # fmt: skip
+    value = row[key] if key else row["arms"][FULL]["foreground"]
+    return {"name": f"{part} {row['set']}", "value": value, "unit": unit}
 
 
 def _jobs(

@@ -158,8 +158,14 @@ def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
+def _speed(rows: Sequence[Row]) -> str:
+    lines = [(r["set"], f"{r['density']:g}", str(r["rounds"]), f"{r['ratio']:.2f}x") for r in rows]
+    return _table(("inversion and way back", "density", "rounds", "dense / sparse time"), lines)
+
+
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "reconstruction": _reconstruction,
     "mask": _masks,
     "removal": _removal,
+    "speed": _speed,
 }
