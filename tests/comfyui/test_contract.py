@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,22 @@ def test_a_carrier_that_cannot_is_declined(monkeypatch):
     assert torch.equal(sample(sparse, latent), plain)
     (reason,) = last_run(sparse).declined
     assert "head_dim=320: it takes at most 256" in reason and last_run(sparse).stats.sparse == 0
+
+
+def test_auto_is_triton_or_nothing_on_a_gpu(monkeypatch):
+    asked = []
+
+    def choose(*tensors, impl, precision):
+        asked.append(impl)
+        raise ValueError("impl='triton': no")
+
+    monkeypatch.setattr("gen_accel.comfy.run.choose", choose)
+    q = SimpleNamespace(device=torch.device("cuda"))
+    for impl in ("auto", "gather"):
+        run = Run(SparseProcessor(**SPARSE, impl=impl), ALWAYS)
+        with pytest.raises(Unsupported, match="no"):
+            run._make(None, q, q, q)
+    assert asked == ["triton", "gather"]
 
 
 def call(q, k=None, mask=None, **rest):

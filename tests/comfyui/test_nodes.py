@@ -3,7 +3,9 @@
 import asyncio
 import importlib.util
 import inspect
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -148,10 +150,8 @@ def test_pictures_of_images_and_videos(nodes):
         guard.execute(images=black, on_broken="stop the run")
 
 
-def test_a_clone_brings_its_own_package(monkeypatch, tmp_path):
+def test_a_clone_brings_its_own_package(tmp_path):
     """Without gen_accel installed, without a word to sys.path, and without diffusers."""
-    import subprocess
-
     code = f"""
 import importlib.util, sys
 from importlib.machinery import PathFinder
@@ -173,8 +173,9 @@ import gen_accel.comfy.patch, gen_accel.processors, gen_accel.eval.fidelity
 assert sys.path == path and "diffusers" not in sys.modules
 print(gen_accel.__file__)
 """
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).parent == ROOT / "gen_accel"
