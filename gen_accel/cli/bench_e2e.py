@@ -171,6 +171,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=int, help="run so many blocks and extrapolate (all)")
     add("--methods", help=f"with commas between ({','.join(METHODS)})")
     add("--dtype", help="float32 on the CPU, bfloat16 on a GPU")
+    add("--rounds", type=int, help="times each candidate runs, at most (5)")
     add("--prompt-file", metavar="FILE", help="prompts, one per line, for --weights")
     add("--sweep", metavar="FILE", help="YAML: model, size, density, methods, each one or a list")
     add("--output", metavar="DIR", help="folder of pages (outputs/e2e)")
