@@ -471,9 +471,9 @@ def run(args: argparse.Namespace) -> int:
             rows += made
             if path is not None:
                 append_rows(path, made)
-    if args.speed:
+    if args.rounds:
         with torch.no_grad():
-            row = speed_row(flow, args.speed)
+            row = speed_row(flow, args.rounds)
         rows.append({**info, **_headline(row), **row})
         if path is not None:
             append_rows(path, rows[-1:])
