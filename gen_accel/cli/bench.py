@@ -108,9 +108,6 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--split", default="test", choices=("val", "test"), help="of the world")
     group.add_argument("--ablate", type=int, default=0, help="how many of them for ablations too")
     group.add_argument("--batch", type=_positive, default=10, help="clips at once")
-    group.add_argument(
-        "--rounds", type=int, help="time dense against sparse so often (0); e2e: at most (5)"
-    )
     group = parser.add_argument_group("ground", "RefAM on expressions of the world's clips.")
     group.add_argument("--expressions", type=_positive, default=520, help="how many")
     group.add_argument(
