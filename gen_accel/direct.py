@@ -39,14 +39,8 @@ class DirectCalls:
         self._engine = Engine(
             name="transformer",
             layers=0,
-            schedule=policy.schedule(),
             planner=self._planner,
-            tail=policy.tail_setting(),
-            precision=policy.precision,
-            preferred=policy.preferred,
-            impl=policy.impl,
-            dense=policy.dense,
-            check_finite=policy.check_finite,
+            **policy.engine_settings(),
         )
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 

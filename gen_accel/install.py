@@ -248,16 +248,10 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False, compile: bool 
         engine = Engine(
             name=name,
             layers=len(taken),
-            schedule=processor.schedule(),
             planner=planner,
             layout_of=family.layout,
             scheduler=scheduler,
-            tail=processor.tail_setting(),
-            precision=processor.precision,
-            preferred=processor.preferred,
-            impl=processor.impl,
-            dense=processor.dense,
-            check_finite=processor.check_finite,
+            **processor.engine_settings(),
             profile=profile,
         )
         components.append(

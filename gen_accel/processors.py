@@ -98,6 +98,18 @@ class Policy:
         """What stands in for hidden blocks."""
         return TailSetting.parse(self.tail)
 
+    def engine_settings(self) -> dict[str, Any]:
+        """The arguments of an `Engine` that follow from the policy alone."""
+        return {
+            "schedule": self.schedule(),
+            "tail": self.tail_setting(),
+            "precision": self.precision,
+            "preferred": self.preferred,
+            "impl": self.impl,
+            "dense": self.dense,
+            "check_finite": self.check_finite,
+        }
+
     def planner(
         self, name: str, model: str, layers: int, plan: AttentionPlan | None = None
     ) -> Planner:

@@ -204,14 +204,8 @@ class Run:
         return Engine(
             name="ComfyUI",
             layers=layers,
-            schedule=policy.schedule(),
             planner=policy.planner(COMPONENT, name, layers, plan),
-            tail=policy.tail_setting(),
-            precision=policy.precision,
-            preferred=policy.preferred,
-            impl=policy.impl,
-            dense=policy.dense,
-            check_finite=policy.check_finite,
+            **policy.engine_settings(),
             profile=self.profile,
         )
 
