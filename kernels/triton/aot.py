@@ -6,6 +6,7 @@ of the two matrix products are facts; how fast it all runs is not known from the
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ from gen_accel.kernels.triton.launch import compiled_with, quantised_with, tile_
 
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = ((128, 128), (64, 64))
+QUANTISED = ("int8", "int8+int8", "int8+fp8")
+QUANTISED_FEATURES = ("lists", "everything")  # the lightest and the heaviest
 
 # What a call may ask of the kernel beside block lists.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -41,6 +44,7 @@ _INTS = (
     "counts", "lists", "rule_counts", "rule_lists", "rule_rows", "items", "num_items",
     "rule_key", "rule_low", "rule_high", "listed", "places",
 )  # fmt: skip
+_NUMBERS = re.compile(r"mma\S*\.(s8|e4m3|bf16|f16)\.\1|tcgen05\.mma\S*kind::(\w+)")
 _STRIDE = re.compile(r"(q|k|v|out|pool)_(batch|token|head)")
 
 
@@ -57,8 +61,8 @@ class Kernel(NamedTuple):
         config = self.config
         return {
             "device": f"sm_{self.key.capability}",
-            "precision": self.key.precision or self.key.dtype,
             "head_dim": str(self.key.head_dim),
+            "precision": self.key.precision or self.key.dtype,
             "mask block": "x".join(map(str, self.key.block)),
             "rows merged": str(self.group),
             "feature": self.feature,
@@ -77,6 +81,7 @@ class Compiled(NamedTuple):
         shared: Bytes per program.
         products: Matrix products in the code, two for each of its loops and those peeled off.
         instruction: What they became: ``wgmma``, ``tcgen05`` or ``mma``.
+        numbers: What those multiply, such as ``s8`` or ``e4m3``.
         loads: ``TMA`` or ``cp.async``.
     """
 
@@ -85,6 +90,7 @@ class Compiled(NamedTuple):
     shared: int
     products: int
     instruction: str
+    numbers: str
     loads: str
 
     def row(self) -> dict[str, str]:
@@ -94,6 +100,7 @@ class Compiled(NamedTuple):
             "spills": str(self.spills),
             "shared KB": f"{self.shared / 1024:.0f}",
             "products": f"{self.products} {self.instruction}",
+            "numbers": self.numbers,
             "loads": self.loads,
         }
 
@@ -102,20 +109,24 @@ def shipped(
     devices: Iterable[int] = DEVICES,
     head_dims: Iterable[int] = HEAD_DIMS,
     features: Iterable[str] = tuple(FEATURES),
+    precisions: Iterable[str] = ("", *QUANTISED),
 ) -> Iterator[Kernel]:
     """The kernels that calls launch with bf16 inputs."""
-    for capability in devices:
-        for dim in head_dims:
-            for block in BLOCKS:
-                for feature in features:
-                    yield from _kernels(capability, dim, block, feature)
+    for capability, dim, precision in itertools.product(devices, head_dims, precisions):
+        if precision == "int8+fp8" and capability < 89:
+            continue
+        asked = [name for name in features if not precision or name in QUANTISED_FEATURES]
+        for block, feature in itertools.product(BLOCKS, asked):
+            yield from _kernels(capability, dim, block, feature, precision)
 
 
-def _kernels(capability: int, dim: int, block: tuple[int, int], feature: str) -> Iterator[Kernel]:
+def _kernels(
+    capability: int, dim: int, block: tuple[int, int], feature: str, precision: str
+) -> Iterator[Kernel]:
     asked = FEATURES[feature]
     masked = "WINDOW" in asked or "VARIANCE" in asked
     low = block[0] < 128
-    key = Key(capability, dim, "bf16", block, masked or low, "POOLED" in asked)
+    key = Key(capability, dim, "bf16", block, masked or low, "POOLED" in asked, precision)
     config = choose(key)
     yield Kernel(key, config, feature, max(1, config.rows // block[0]))
     if config.rows > block[0] >= 64:  # rows that do not merge
@@ -161,6 +172,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     found = [name for name, text in kinds_of_product.items() if text in ptx]
     return Compiled(
         registers, spills, made.metadata.shared, len(products.findall(ttgir)), "+".join(found),
+        "+".join(dict.fromkeys(a or b for a, b in _NUMBERS.findall(ptx))),
         "TMA" if "cp.async.bulk.tensor" in ptx else "cp.async",
     )  # fmt: skip
 
@@ -173,7 +185,9 @@ def problem(kernel: Kernel, compiled: Compiled) -> str | None:
     if compiled.shared > SHARED[capability]:
         return f"{compiled.shared} bytes of shared memory, there are {SHARED[capability]}"
     best = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma")
-    if compiled.instruction != best:
+    if capability == 100 and kernel.key.precision:
+        best = "mma"  # of integers; Triton 3.6 has no better one there
+    if best not in compiled.instruction:
         return f"products became {compiled.instruction or 'no matrix instructions'}, not {best}"
     return None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TUNED = Path(__file__).with_name("tuned.json")
+_KEYS = 64  # per tile of a quantised call, at most
 DENSITIES = (0.15, 0.35, 1.0)  # upper ends of the bands a configuration is tuned for
 
 
@@ -98,6 +99,25 @@ _LADDERS = {
 }
 
 
+# Quantised calls: tiles of keys are those that share a scale, whatever stands here; tiles of
+# stand-ins are as given. sm_100 has no instruction for int8 that Triton 3.6 knew: it computes as
+# sm_120 does.
+_CODES = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2),
+          (64, 32, 8, 2), (64, 16, 8, 2))  # fmt: skip
+_LOW_CODES = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), *_CODES[3:])
+_QUANTISED = {
+    (80, 64): (_Ladder(_CODES, (0, 0, 0, 2)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
+    (80, 128): (_Ladder(_CODES, (0, 1, 0, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
+    (80, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
+    (90, 64): (_Ladder(_CODES, (0, 0, 0, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
+    (90, 128): (_Ladder(_CODES, (0, 0, 0, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
+    (90, 256): (_Ladder(_CODES, (3, 3, 3, 3)), _Ladder(_LOW_CODES, (3, 3, 3, 3))),
+    (120, 64): (_Ladder(_CODES, (1, 1, 1, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
+    (120, 128): (_Ladder(_CODES, (0, 0, 3, 3)), _Ladder(_LOW_CODES, (0, 0, 3, 3))),
+    (120, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
+}
+
+
 def candidates(key: Key, rows: int | None = None) -> list[Config]:
     """Configurations worth timing, the best guess first.
 
@@ -109,13 +129,18 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
         rows: Only tiles of this height.
     """
     family = max((f for f in (80, 90, 100, 120) if f <= key.capability), default=80)
-    ladders = _LADDERS[family, max(64, key.head_dim)]
+    table, most = (_QUANTISED, _KEYS) if key.precision else (_LADDERS, key.block[1])
+    made_for = 120 if key.precision and family == 100 else family
+    ladders = table[made_for, max(64, key.head_dim)]
     kind = key.masked + 2 * key.tail
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:
         for height, keys, warps, stages in ladder.tiles[ladder.first[kind] :]:
             if rows in (None, height):
-                found.append(Config(height, min(keys, key.block[1]), warps, stages, family >= 90))
+                if key.precision and not key.tail:
+                    keys = most
+                keys = min(keys, most, key.block[1])
+                found.append(Config(height, keys, warps, stages, family >= 90))
     found += [config._replace(stages=config.stages + 1) for config in found]
     found = [c for c in found if _shared(c, key) <= _shared_limit(key.capability)]
     return list(dict.fromkeys(found))
@@ -124,10 +149,11 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
 def _shared(config: Config, key: Key) -> int:
     """Bytes of shared memory, roughly: tiles of keys and values, and what wgmma reads beside."""
     heavy = key.masked and key.tail  # may carry variances, which need the queries' squares
-    loops = 2 * config.stages * config.keys
+    row = {"": 4, "int8": 3}.get(key.precision, 2)  # bytes of a key's channel and its value's
+    loops = row * config.stages * (_KEYS if key.precision else config.keys)
     tail = (3 if heavy else 2) * (2 if config.tma else 1) * min(64, config.keys)
     queries = (2 if heavy else 1) * config.rows if key.capability in (90, 100) else 0
-    return 2 * key.head_dim * (queries + max(loops, tail if key.tail else 0))
+    return key.head_dim * (2 * queries + max(loops, 2 * tail if key.tail else 0))
 
 
 def _shared_limit(capability: int) -> int:

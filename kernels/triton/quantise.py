@@ -20,7 +20,7 @@ from gen_accel.kernels.prepare import prepare as put_in_order
 from gen_accel.kernels.quant import LEVELS, TINY, Codes, Precision
 
 _SCANNED = 512  # tokens per program of a scan
-_ELEMENTS = 4096  # of them in registers at a time
+_ELEMENTS = 2048  # of them in registers at a time
 
 
 @triton.jit
@@ -297,6 +297,7 @@ def _launch(kernel: Any, groups: int, x: Tensor, order: _Order, rows: int, **own
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, _, heads, dim = x.shape
     frames, height, width, before = order.grid or (1, 1, 1, 0)
+    channels = max(2, triton.next_power_of_2(dim))
     cos, sin = order.cos, order.sin
     if "levels" in own:
         own["tiny"] = TINY
@@ -316,6 +317,6 @@ def _launch(kernel: Any, groups: int, x: Tensor, order: _Order, rows: int, **own
             rope_start=order.rope_start, rope_tokens=0 if cos is None else cos.shape[0],
             HAS_STRIDES=order.strides is not None, HAS_INDEX=order.token is not None,
             HAS_ROPE=cos is not None, HALVES=order.halves,
-            ROWS=rows, DIM=dim, WIDTH=max(2, triton.next_power_of_2(dim)), **own,
-            num_warps=4, enable_fp_fusion=False,
+            ROWS=rows, DIM=dim, WIDTH=channels, **own,
+            num_warps=min(16, max(4, rows * channels // 1024)), enable_fp_fusion=False,
         )  # fmt: skip

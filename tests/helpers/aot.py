@@ -18,10 +18,15 @@ from triton.compiler import ASTSource
 from gen_accel.kernels.triton.mass import _mass_kernel
 from gen_accel.kernels.triton.pool import _pool_kernel
 from gen_accel.kernels.triton.prepare import _prepare_kernel
+from gen_accel.kernels.triton.quantise import _rows_kernel, _scan_kernel, _values_kernel
 from gen_accel.kernels.triton.route import _route_kernel
 
 POOL = {"HAS_REAL": True, "HAS_DEVIATION": True, "HAS_VARIANCE": True}
 MASS = {"TILE_K": 128, "DIM": 128, "WIDTH": 128, "PRECISION": "tf32", "BLOCK": 128, "COLUMNS": 128}
+ORDER = {"HAS_STRIDES": True, "HAS_INDEX": False, "HALVES": False, "DIM": 128, "WIDTH": 128}
+ORDERED = {"STRIDES": "*i32", "INDEX": "*i64", "COS": "*fp32", "SIN": "*fp32", "MEAN": "*fp32"}
+CODES = {**ORDERED, "CODES": "*i8", "SCALE": "*fp32", "levels": "fp32", "tiny": "fp32"}
+PLAIN = {"num_warps": 8, "enable_fp_fusion": False}
 PREPARE = {"BACK": False, "HAS_ROPE": True, "ROWS": 16, "HEADS": 8, "DIM": 128, "WIDTH": 128}
 
 # Kernel, types of its pointers, constants, warps, stages: as the wrappers launch them at head_dim
@@ -77,6 +82,24 @@ KERNELS = {
         {**PREPARE, "HAS_STRIDES": False, "HAS_INDEX": True, "HALVES": True},
         {"num_warps": 4},
     ),
+    "codes of keys": (
+        _rows_kernel,
+        {**CODES, "X": BF16, "SHIFT": FP32},
+        {**ORDER, "HAS_ROPE": True, "ROWS": 64, "SMOOTH": True, "HAS_SHIFT": False},
+        PLAIN,
+    ),
+    "codes of values": (
+        _values_kernel,
+        {**CODES, "X": BF16, "PEAK": FP32},
+        {**ORDER, "HAS_ROPE": False, "ROWS": 64, "BY_BLOCK": True},
+        PLAIN,
+    ),
+    "sums of keys": (
+        _scan_kernel,
+        {**ORDERED, "X": BF16, "OUT": FP32},
+        {**ORDER, "HAS_ROPE": True, "ROWS": 16, "TOKENS": 512, "PEAK": False},
+        {**PLAIN, "num_warps": 4},
+    ),
 }
 
 
@@ -95,6 +118,11 @@ VARIANTS = {
     "prepare, 96 channels": _variant("prepare, axes", DIM=96),
     "restore, axes": _variant("prepare, axes", BACK=True, HAS_ROPE=False),
     "restore, index": _variant("prepare, index, halves", BACK=True, HAS_ROPE=False),
+    "codes of queries": _variant("codes of keys", ROWS=32, SMOOTH=False, HAS_SHIFT=True),
+    "codes of keys, index, halves": _variant(
+        "codes of keys", HAS_STRIDES=False, HAS_INDEX=True, HALVES=True, DIM=96
+    ),
+    "peaks of values": _variant("sums of keys", HAS_ROPE=False, PEAK=True),
     "mass, odd sizes": _variant("mass, 8 rows", BLOCK=96, SAMPLED=5, DIM=96),
 }
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,22 @@ COMPILE = """
 import json, sys
 from gen_accel.kernels.triton import aot
 device, dtype, *features = sys.argv[1:]
-for kernel in aot.shipped([int(device)], [128], features):
+for kernel in aot.shipped([int(device)], [128], features, [""]):
     kernel = kernel._replace(key=kernel.key._replace(dtype=dtype))
     compiled = aot.compile_kernel(kernel)
     found = kernel.row() | compiled._asdict() | {"problem": aot.problem(kernel, compiled)}
     print(json.dumps(found))
+"""
+
+
+CODES = """
+import json, sys
+from gen_accel.kernels.triton import aot
+for wanted in sys.argv[1:]:
+    device, precision = wanted.split(",")
+    kernel = next(aot.shipped([int(device)], [128], ["lists"], [precision]))
+    compiled = aot.compile_kernel(kernel)
+    print(json.dumps(compiled._asdict() | {"problem": aot.problem(kernel, compiled)}))
 """
 
 
@@ -67,6 +79,24 @@ def test_fp16_is_no_different():
     assert rows and all(row["problem"] is None for row in rows), rows
 
 
+def test_quantised_calls_multiply_codes():
+    numbers = {
+        ("90", "int8"): "s8+bf16",
+        ("90", "int8+int8"): "s8",
+        ("90", "int8+fp8"): "s8+e4m3",
+        ("89", "int8+fp8"): "s8+e4m3",
+        ("80", "int8+int8"): "s8",
+    }
+    done = python(CODES, *map(",".join, numbers))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(numbers)
+    for row, ((device, _), expected) in zip(rows, numbers.items()):
+        assert row["problem"] is None and row["spills"] == 0, row
+        assert row["numbers"] == expected and row["shared"] <= SHARED[int(device)], row
+        assert row["instruction"] == ("wgmma" if device == "90" else "mma")
+
+
 def test_the_interpreter_compiles_nothing():
     done = python(COMPILE, "90", "bf16", "lists", TRITON_INTERPRET="1")
     assert done.returncode and "TRITON_INTERPRET is set" in done.stderr
@@ -75,7 +105,9 @@ def test_the_interpreter_compiles_nothing():
 CALLS = """
 import torch
 from gen_accel.kernels.tail import pool_keys
-from gen_accel.kernels.triton.launch import attend
+from gen_accel.kernels.operands import operands
+from gen_accel.kernels.quant import PRECISIONS
+from gen_accel.kernels.triton.launch import attend, attend_codes
 from gen_accel.select.gna import gna_plan
 from helpers.attention_cases import Case, every, random
 from helpers.warmup import launches, variants
@@ -103,6 +135,11 @@ _, blocks = gna_plan((4, 8, 8), (3, 5, 5), tile=(2, 8, 8), block=128)
 for dim, tma in ((96, True), (60, False)):  # rows of 120 bytes are not for descriptors
     (ptx,) = call(Case("window", every, blocks.q_len, blocks.kv_len, 2, dim), blocks)
     assert "wgmma" in ptx and ("cp.async.bulk.tensor" in ptx) == tma, dim
+case = Case("codes", random(1, 2, 0.4), 300, 300, heads=2, dim=128, block=(128, 128))
+codes = operands(*case.tensors(torch.bfloat16), PRECISIONS["int8+fp8"])
+attend_codes(codes, case.blocks(), case.scale)
+ptx = list(kernels)[-1].asm["ptx"]
+assert "s32.s8.s8" in ptx and "f32.e4m3.e4m3" in ptx and "cp.async.bulk.tensor" in ptx
 print("ok")
 """
 
@@ -140,16 +177,18 @@ def test_doctor_needs_a_compiler():
 @pytest.mark.parametrize("device", [0, *DEVICES, 86, 103, 121])
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_every_call_has_configurations(device, head_dim):
-    for block in ((16, 16), (64, 64), (128, 64), (64, 128), (128, 128), (512, 512)):
-        for masked in (False, True):
-            for tail in (False, True):
-                key = Key(device, head_dim, "bf16", block, masked, tail)
-                found = candidates(key)
-                assert found and len(found) == len(set(found)) and choose(key) == found[0]
-                for config in found:
-                    assert block[1] % config.keys == 0 and config.rows in (64, 128)
-                if block[0] <= 64:
-                    assert choose(key, 64).rows == 64
+    blocks = ((16, 16), (64, 64), (128, 64), (64, 128), (128, 128), (512, 512))
+    yes_and_no = (False, True)
+    precisions = ("", "int8", "int8+int8", "int8+fp8")
+    for block, masked, tail, precision in product(blocks, yes_and_no, yes_and_no, precisions):
+        key = Key(device, head_dim, "bf16", block, masked, tail, precision)
+        found = candidates(key)
+        assert found and len(found) == len(set(found)) and choose(key) == found[0]
+        for config in found:
+            assert block[1] % config.keys == 0 and config.rows in (64, 128)
+            assert config.keys <= 64 or not precision
+        if block[0] <= 64:
+            assert choose(key, 64).rows == 64
 
 
 def test_a_tuned_entry_is_preferred(tmp_path, monkeypatch):
