@@ -8,6 +8,7 @@ done, and clips that the file already holds are not run again.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -32,6 +33,8 @@ from gen_accel.pipelines.remover import Inversion, Remover
 from gen_accel.pipelines.wipe_setting import WipeSetting
 from gen_accel.pipelines.words import text_spans, word_tokens
 
+BEGIN, END = "<!-- wipe: begin -->", "<!-- wipe: end -->"
+_PLACE = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 TOKENS = 32  # of text
 COVERED = 0.25  # share of a token's pixels an effect must change for the token to count as effect
 SPEED_DENSITY = 0.2
@@ -247,6 +250,7 @@ def removal_rows(
     shown["random mask"] = fixed(_random(batch.object_, found.mask, batch.seeds))
     if ablate:
         shown["true mask"] = run(setting, batch.effect)
+        shown["no effect mask"] = run(setting, nothing)
         for name, options in ABLATIONS_BACK.items():
             shown[name] = run(replace(setting, **options), found.mask)
         for name, options in ABLATIONS.items():
@@ -440,7 +444,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gen_accel.cli.wipe_table import tables
-    from gen_accel.eval.files import check_writable
+    from gen_accel.eval.files import check_writable, write_text
     from gen_accel.eval.harness import append_rows, commit, device_name, read_rows
     from gen_accel.eval.toys import load_toy
 
@@ -448,6 +452,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--model {args.model}: this bench is for hunyuan-video, the trained toy")
     if args.out:
         check_writable(Path(args.out).parent)
+    page = Path(args.docs) if args.docs else None
+    if page is not None and not _PLACE.search(page.read_text("utf-8")):
+        raise ValueError(f"--docs {page}: no lines {BEGIN} and {END} to put the tables between")
     path = Path(args.out) if args.out else None
     rows = read_rows(path) if path is not None and path.is_file() else []
     flow = VideoFlow(load_toy(args.model, args.folder), max_sequence_length=TOKENS)
@@ -477,7 +484,10 @@ def run(args: argparse.Namespace) -> int:
         rows.append({**info, **_headline(row), **row})
         if path is not None:
             append_rows(path, rows[-1:])
-    print(tables([row for row in rows if row["split"] == args.split]))
+    text = tables([row for row in rows if row["split"] == args.split])
+    print(text)
+    if page is not None:
+        write_text(page, _PLACE.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page.read_text("utf-8")))
     return 0
 
 

@@ -75,6 +75,7 @@ def _masks(rows: Sequence[Row]) -> str:
 
 
 def _removal(rows: Sequence[Row]) -> str:
+    rows = _merged(rows)
     everything = dict.fromkeys(name for r in rows for name in r["arms"])
     common = [name for name in everything if all(name in r["arms"] for r in rows)]
     blocks = [_arms(f"removal, {len(rows)} clips", rows, common)]
@@ -88,6 +89,15 @@ def _removal(rows: Sequence[Row]) -> str:
     if ablated:
         blocks.append(_rank(ablated))
     return "\n\n".join(blocks)
+
+
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """One row for each clip; arms may have been run at different times."""
+    clips: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        known = clips.setdefault((row["set"], row["seed"]), {**row, "arms": {}})
+        known["arms"] = {**known["arms"], **row["arms"]}
+    return list(clips.values())
 
 
 def _arms(title: str, rows: Sequence[Row], names: Sequence[str], short: bool = False) -> str:
