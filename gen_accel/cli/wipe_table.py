@@ -83,9 +83,7 @@ def _removal(rows: Sequence[Row]) -> str:
     if ablated and len(everything) > len(common):
         names = [FULL, *(n for n in everything if n not in common)]
         blocks.append(_arms(f"ablations, {len(ablated)} clips", ablated, names))
-    for kind in dict.fromkeys(r["set"] for r in rows):
-        of = [r for r in rows if r["set"] == kind]
-        blocks.append(_arms(f"{kind}, {len(of)} clips", of, [FULL, *BASELINES], short=True))
+    blocks.append(_kinds(rows))
     if ablated:
         blocks.append(_rank(ablated))
     return "\n\n".join(blocks)
@@ -100,31 +98,38 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     return list(clips.values())
 
 
-def _arms(title: str, rows: Sequence[Row], names: Sequence[str], short: bool = False) -> str:
-    def of(name: str, key: str) -> list[float | None]:
-        return [r["arms"][name][key] for r in rows]
-
+def _arms(title: str, rows: Sequence[Row], names: Sequence[str]) -> str:
     lines = []
     for name in names:
-        paired = [
-            r["arms"][FULL]["foreground"] - r["arms"][name]["foreground"]
-            for r in rows
-            if r["arms"][name]["foreground"] is not None
+        arms = [r["arms"][name] for r in rows]
+        better = [r["arms"][FULL]["foreground"] - r["arms"][name]["foreground"] for r in rows]
+        gone = [
+            [None if arm[key] is None else float(abs(arm[key]) < GONE) for arm in arms]
+            for key in ("object_left", "effect_left")
         ]
-        line = [
-            name, _interval(of(name, "foreground"), 1),
-            "-" if name == FULL else _interval(paired, 1),
-            _interval(of(name, "object"), 1), _interval(of(name, "effect"), 1),
-        ]  # fmt: skip
-        if not short:
-            left = [None if v is None else float(abs(v) < GONE) for v in of(name, "object_left")]
-            cast = [None if v is None else float(abs(v) < GONE) for v in of(name, "effect_left")]
-            line += [_interval(of(name, "background"), 1), _interval(of(name, "untouched"), 1),
-                     _interval(left, 0, 100), _interval(cast, 0, 100)]  # fmt: skip
-        lines.append(line)
-    head = [title, "object + effect, dB", "full is better by", "object, dB", "effect, dB"]
-    if not short:
-        head += ["background, dB", "outside our mask, dB", "object gone, %", "effect gone, %"]
+        lines.append([
+            name, _interval([arm["foreground"] for arm in arms], 1),
+            "-" if name == FULL else _interval(better, 1),
+            *(_interval([arm[key] for arm in arms], 1)
+              for key in ("object", "effect", "background", "untouched")),
+            *(_interval(share, 0, 100) for share in gone),
+        ])  # fmt: skip
+    head = (
+        title, "object + effect, dB", "full is better by", "object", "effect", "background",
+        "outside our mask", "object gone, %", "effect gone, %",
+    )  # fmt: skip
+    return _table(head, lines)
+
+
+def _kinds(rows: Sequence[Row]) -> str:
+    """Full and baselines by kind of clip."""
+    kinds = {kind: [r for r in rows if r["set"] == kind] for kind in (r["set"] for r in rows)}
+    lines = [
+        (name, *(f"{np.mean([r['arms'][name]['foreground'] for r in of]):.1f}"
+                 for of in kinds.values()))
+        for name in (FULL, *BASELINES)
+    ]  # fmt: skip
+    head = ("object + effect, dB", *(f"{kind} ({len(of)})" for kind, of in kinds.items()))
     return _table(head, lines)
 
 
