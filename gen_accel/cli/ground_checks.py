@@ -123,7 +123,7 @@ def abstention(
 
 
 def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict[str, Any]]:
-    """Time of a forward that is read, over one that is not: median of paired rounds."""
+    """CPU time of a forward that is read, over one that is not: median of paired rounds."""
     item = found[0]
     prompt = make(item, "magnets")
     latents = to_latents(item.video.movedim(1, -1)[None])
@@ -132,9 +132,11 @@ def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict
     def plain() -> None:
         backbone.forward(latents, choice.sigma, text)
 
+    rows_, joint = (choice.direction == d for d in ("rows", "joint"))
+
     def reading(rule: SinkRule | None) -> None:
         read(backbone, latents, [prompt.text], heads=choice.heads, sigma=choice.sigma,
-             rows=False, rule=rule)  # fmt: skip
+             rows=rows_, joint=joint, rule=rule)  # fmt: skip
 
     def everything_but_attention() -> None:
         backbone.text([prompt.text])
@@ -146,14 +148,14 @@ def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict
         for _ in range(ROUNDS):
             spent = []
             for part in (plain, partial(reading, rule), everything_but_attention):
-                start = time.perf_counter()
+                start = time.process_time()
                 part()
-                spent.append(time.perf_counter() - start)
+                spent.append(time.process_time() - start)
             ratios.append((spent[1] - spent[2]) / spent[0] - 1)
         rows.append(
             result_row(
                 "ground overhead", name, statistics.median(ratios), "share of a forward", n=ROUNDS,
-                config={"blocks": sorted(choice.heads)},
+                config={"blocks": sorted(choice.heads), "direction": choice.direction},
             )
         )  # fmt: skip
     return rows

@@ -256,7 +256,8 @@ class RefAMPipeline(DiffusionPipeline):
             read(
                 backbone, latents, [prompt.text], heads=choice.heads,
                 sigma=sigma if sigma is not None else choice.sigma,
-                seeds=[seed + draw], rows=direction == "rows", rule=rule,
+                seeds=[seed + draw], rows=direction == "rows", joint=direction == "joint",
+                rule=rule,
             )
             for draw in range(draws)
         ]  # fmt: skip
