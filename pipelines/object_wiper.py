@@ -235,7 +235,7 @@ class ObjectWiperPipeline(DiffusionPipeline):
             with _clock(seconds, "removal"):
                 removal = remover.remove(inversion, flow.text(targets), effect, noise, negative)
         frames = flow.decode(removal.latents)
-        self._stock.maybe_free_model_hooks()
+        self.maybe_free_model_hooks()
 
         shape = (*pixels.shape[1:2], *pixels.shape[3:], flow.temporal)
         effect_mask, foreground = (
