@@ -111,12 +111,14 @@ def suites() -> dict[str, Suite]:
     return {
         "h200": Suite(
             (
-                full("hunyuan-video", "HunyuanVideo 720p, 129 frames"),
-                full("wan2.1-14b", "Wan 2.1 14B 720p, 81 frames"),
-                full("flux-dev", "FLUX 4096x4096"),
+                # All blocks of these three would not fit into one command of nine minutes.
+                full("hunyuan-video", "HunyuanVideo 720p, 129 frames", layers=15),
+                full("wan2.1-14b", "Wan 2.1 14B 720p, 81 frames", layers=20),
+                full("flux-dev", "FLUX 4096x4096", layers=36),
                 full("cosmos-7b", "Cosmos 7B 704p, 121 frames"),
                 full("wan2.1-1.3b", "Wan 2.1 1.3B 480p, 81 frames", rounds=10),
-            )
+            ),
+            limit=240,
         ),
         "cpu": Suite(
             (

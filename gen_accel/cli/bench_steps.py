@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from gen_accel.processors import Policy
 
 STOCK = "stock"
-# Dense attention: name -> diffusers' backend.
+# Device -> dense attention: name -> diffusers' backend.
 BACKENDS = {
-    "cuDNN": "_native_cudnn",
-    "flash": "_native_flash",
-    "FA3": "_flash_3",
-    "sage": "sage",
+    "cuda": {
+        "cuDNN": "_native_cudnn",
+        "flash": "_native_flash",
+        "FA3": "_flash_3",
+        "sage": "sage",
+    }
 }
 _LOSSY = ("sage",)  # computes in 8 bits, so it is no baseline of the same precision
 _PARTS = ("order", "plan", "tail", "kernel", "dense", "calibrate")
@@ -77,6 +79,7 @@ class Candidate:
         peak: Memory in MiB.
         joules: Of one forward.
         turn: Forwards timed so far.
+        backend: diffusers' backend of its dense calls.
         own: A transformer of its own, on which the processors stay; None shares one.
     """
 
@@ -89,6 +92,7 @@ class Candidate:
     parts: dict[str, float] = field(default_factory=dict)
     extra: float = 0.0
     turn: int = 0
+    backend: str = "native"
     own: Run | None = None
     peak: float | None = None
     joules: float | None = None
@@ -108,6 +112,7 @@ class Steps:
         self.case = case
         self.say = say
         self.run = Run(case)
+        self.backends = BACKENDS.get(case.device, {})
         self.candidates: list[Candidate] = []
         self.absent: dict[str, str] = {}
         self.wrong: dict[str, str] = {}
@@ -154,31 +159,25 @@ class Steps:
         stock = Candidate(STOCK, dense=True)
         self._right = self._forward(stock, self.last_dense)
         self.candidates.append(stock)
-        wanted = dict(BACKENDS) if self.case.device != "cpu" else {}
         seconds = {}
-        for name, backend in wanted.items():
-            candidate = self._dense(name, partial(self._set_backend, backend))
-            if candidate is not None:
-                seconds[name] = self._seconds(candidate)
-        exact = {name: spent for name, spent in seconds.items() if name not in _LOSSY}
+        for name, backend in self.backends.items():
+            candidate = self._dense(name, backend)
+            if candidate is not None and name not in _LOSSY:
+                seconds[backend] = self._seconds(candidate)
         # The others' dense steps run on the baseline's kernel, or quality would differ by it.
-        fastest = min(exact, key=lambda name: exact[name], default=None)
-        self._set_backend(BACKENDS[fastest] if fastest else None)
+        self._fastest = min(seconds, key=lambda name: seconds[name], default="native")
         every = SparseProcessor(select="all", tail="drop", dense_steps=0.0, min_tokens=0)
-        self._dense("ours", lambda: None, every)
+        self._dense("ours", self._fastest, every)
 
-    def _dense(
-        self, name: str, prepare: Callable[[], None], policy: Policy | None = None
-    ) -> Candidate | None:
+    def _dense(self, name: str, backend: str, policy: Policy | None = None) -> Candidate | None:
         """A baseline, if it runs here and computes what the stock transformer does."""
         from gen_accel import ParoProcessor, apply
 
         policy = policy or ParoProcessor(dense_steps=1.0, min_tokens=0)
         try:
-            prepare()
-            candidate = Candidate(name, dense=True, handle=apply(self.run, policy))
-            assert candidate.handle is not None
-            candidate.handle.remove()
+            handle = apply(self.run, policy)
+            handle.remove()
+            candidate = Candidate(name, dense=True, handle=handle, backend=backend)
             self._compare(candidate, self._forward(candidate, self.last_dense))
         except Exception as error:  # not installed, or not made for this device
             self.absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -210,7 +209,7 @@ class Steps:
         handle = apply(own or self.run, policy, profile=True, compile=own is not None)
         if own is None:
             handle.remove()
-        candidate = Candidate(label, dense=False, target=density, handle=handle, own=own)
+        candidate = Candidate(label, False, density, handle, backend=self._fastest, own=own)
         engine = handle.components[0].engine
         if isinstance(engine.planner, CalibratedPlanner):
             for step in range(max(0, self.last_dense - 1), self.last_dense + 1):
@@ -236,12 +235,11 @@ class Steps:
         if not candidate.error <= allowed:  # NaN is wrong too
             self.wrong[candidate.name] = f"error {candidate.error:.1e}, allowed {allowed:.1e}"
 
-    def _set_backend(self, name: str | None) -> None:
+    def _set_backend(self, transformer: Any, name: str) -> None:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
         before = registry._active_backend
-        if name is not None:
-            self.run.transformer.set_attention_backend(name)
+        transformer.set_attention_backend(name)
         registry._active_backend = before  # diffusers would switch every model's
 
     # ---- forwards --------------------------------------------------------------------------------
@@ -252,10 +250,12 @@ class Steps:
 
         handle = candidate.handle
         components = handle.components if handle is not None and candidate.own is None else []
+        run = candidate.own or self.run
+        if self.backends and candidate.own is None:
+            self._set_backend(run.transformer, candidate.backend)
         for component in components:
             component.install()
         try:
-            run = candidate.own or self.run
             out = run.forward(self._next(candidate) if step is None else step)
             if self.case.device == "cuda":
                 torch.cuda.synchronize()

@@ -12,6 +12,7 @@ from gen_accel.cli.e2e_page import front
 from gen_accel.cli.main import main
 from gen_accel.eval.energy import Energy
 from gen_accel.eval.harness import append_rows, read_rows
+from gen_accel.forecast import ASSUMED, forecast
 from gen_accel.published import MODELS
 from helpers import tiny
 
@@ -116,6 +117,18 @@ def test_a_wrong_baseline_is_told_and_not_timed(suite, tmp_path, monkeypatch, ca
     assert list(steps_of(tmp_path)) == ["stock", "gna"]
 
 
+def test_dense_backends_that_are_here_are_baselines(suite, tmp_path, monkeypatch, capsys):
+    found = {"flash": "_native_flash", "FA3": "_flash_3"}
+    monkeypatch.setitem(bench_steps.BACKENDS, "cpu", found)
+    suite(replace(WAN, methods=("paro",)))
+    assert bench(tmp_path) == 0
+    rows = steps_of(tmp_path)
+    assert list(rows) == ["stock", "flash", "ours", "paro"]
+    assert rows["flash"]["config"]["parts_ms"].keys() == {"dense", "rest"}
+    assert rows["paro"]["config"]["absent"].keys() == {"FA3"}
+    assert "FA3 was not measured" in capsys.readouterr().out
+
+
 def test_compiled_blocks_are_candidates_of_their_own(suite, tmp_path, monkeypatch):
     compiled = torch.nn.Module.compile
 
@@ -206,3 +219,18 @@ def test_energy_is_read_or_absent(tmp_path, monkeypatch):
     with Energy() as spent:
         counter.write_text("3500000\n")
     assert spent.joules == pytest.approx(2.5)
+
+
+def test_every_piece_for_the_gpu_fits_into_nine_minutes():
+    """By the forecast: dense candidates and calibration, methods at two densities, all rounds."""
+    suite = bench_e2e.suites()["h200"]
+    assert {case.whole.name for case in suite.cases} == set(MODELS) - {"wan-narrow"}
+    total = 0.0
+    for case in suite.cases:
+        found = forecast(case.model, case.grid, 0.2, ASSUMED["h200"])
+        dense = 6 * (3 + case.rounds) + 2 * len(case.densities)
+        sparse = len(case.methods) * len(case.densities) * (2 + case.rounds)
+        seconds = dense * found.dense_forward + sparse * found.sparse_forward
+        assert suite.limit + seconds < 600, case.name
+        total += seconds
+    assert total < 25 * 60
