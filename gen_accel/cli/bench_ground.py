@@ -132,6 +132,7 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
         read_batch,
         score,
     )
+    from gen_accel.eval.files import write_text
     from gen_accel.eval.harness import append_rows
     from gen_accel.pipelines.refam.pipeline import Choice, choose
 
@@ -191,6 +192,8 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
         row["model"] = f"toy-{args.model}"
     if args.out:
         append_rows(args.out, results)
+    if args.table:
+        write_text(args.table, ground_report.page(results) + "\n")
     return 0
 
 

@@ -136,47 +136,67 @@ def _bootstrap(values: Sequence[float], groups: Sequence[int], rounds: int = 200
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]
 
 
+_TABLES = (
+    ("pointing", "Pointing accuracy, %: the peak lies on what is meant"),
+    ("ap", "Average precision of the heatmap"),
+    ("flood", "mIoU with a perfect segmenter that is asked at the point"),
+    ("iou", "mIoU without a segmenter (Otsu, component of the point)"),
+    ("half", "mIoU without a segmenter (half of the peak)"),
+    ("oiou", "oIoU without a segmenter (Otsu)"),
+    ("jf", "J&F without a segmenter (Otsu)"),
+)
+
+
 def page(rows: list[dict[str, Any]]) -> str:
-    """Everything as Markdown."""
-    out = []
+    """Everything as Markdown; hypotheses for all tiers together and for colours."""
     table = [r for r in rows if r["kind"] == "ground"]
-    names = list(dict.fromkeys(r["name"] for r in table))
     counts = {r["config"]["tier"]: r["n"] for r in table}
-    for key, title in (
-        ("pointing", "Pointing accuracy, %"),
-        ("ap", "Average precision of the map"),
-        ("flood", "mIoU of a perfect segmenter asked at the point"),
-        ("iou", "mIoU without a segmenter (Otsu, component of the point)"),
-        ("oiou", "oIoU without a segmenter"),
-        ("half", "mIoU without a segmenter (half of the peak)"),
-        ("jf", "J&F without a segmenter"),
-    ):
-        out += [f"\n{title}\n", "| | " + " | ".join(f"{t} ({n})" for t, n in counts.items()) + " |"]
-        out.append("|---" * (1 + len(counts)) + "|")
-        for name in names:
-            cells = []
-            for tier in counts:
-                row = next(r for r in table if r["name"] == name and r["config"]["tier"] == tier)
-                value = row["value"] if key == "pointing" else row["config"].get(key)
-                percent = key == "pointing"
-                cells.append(
-                    "" if value is None else f"{100 * value:.0f}" if percent else f"{value:.2f}"
-                )
-            if any(cells):
-                out.append(f"| {name} | " + " | ".join(cells) + " |")
-    out.append("\n| | question | tier | metric | difference | 95 % |\n|---|---|---|---|---|---|")
+    cells = {(r["name"], r["config"]["tier"]): {**r["config"], "pointing": r["value"]}
+             for r in table}  # fmt: skip
+    out: list[str] = []
+    for key, title in _TABLES:
+        out += [f"**{title}**", "", "| | " + " | ".join(f"{t} ({n})" for t, n in counts.items()) +
+                " |", "|---" * (1 + len(counts)) + "|"]  # fmt: skip
+        for name in dict.fromkeys(r["name"] for r in table):
+            values = [cells[name, tier].get(key) for tier in counts]
+            if values[0] is not None:
+                shown = (f"{100 * v:.0f}" if key == "pointing" else f"{v:.2f}" for v in values)
+                out.append(f"| {name} | " + " | ".join(shown) + " |")
+        out.append("")
+    out += ["| | difference of | all: points | all: AP | colour: points | colour: AP |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    found = [r for r in rows if r["kind"] == "ground hypothesis"]
+    paired = {}
+    for row in found:
+        if "better" in row["config"]:
+            which = (row["config"][k] for k in ("better", "worse", "tier"))
+            paired[(row["name"], *which, row["unit"])] = row
+    for label, better, worse, _ in HYPOTHESES:
+        shown = []
+        for tier in ("all", "colour"):
+            for unit, scale in (("pointing", 100), ("ap", 1)):
+                row = paired.get((label, better, worse, tier, unit))
+                shown.append("" if row is None else _interval(row, scale))
+        out.append(f"| {label} | {better} - {worse} | " + " | ".join(shown) + " |")
+    out.append("")
     for row in rows:
-        if row["kind"] == "ground hypothesis":
-            c, spread = row["config"], row["spread"] or ()
-            bounds = " .. ".join(f"{x:+.3f}" for x in spread)
-            out.append(
-                f"| {row['name']} | {c.get('question', '')} | {c.get('tier', 'all')} | "
-                f"{row['unit']} | {row['value']:+.3f} | {bounds} |"
-            )
-    for row in rows:
-        if row["kind"] in ("ground sinks", "ground abstention", "ground overhead"):
-            out.append(
-                f"{row['kind']}: {row['name']}: {row['value']:.3f} {row['unit']}, n {row['n']}, "
-                f"{row['config']}"
-            )
+        if row["kind"] != "ground" and "better" not in row["config"]:
+            facts = ", ".join(f"{k} {_short(v)}" for k, v in row["config"].items())
+            spread = "" if row["spread"] is None else f" ({_bounds(row, 1)})"
+            name = f"{row['kind'].removeprefix('ground ')}, {row['name']}"
+            out.append(f"- {name}: {row['value']:.3f} {row['unit']}{spread}, n {row['n']}; {facts}")
     return "\n".join(out)
+
+
+def _interval(row: dict[str, Any], scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    return f"{scale * row['value']:+.{digits}f} ({_bounds(row, scale)})"
+
+
+def _bounds(row: dict[str, Any], scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    return " .. ".join(f"{scale * x:+.{digits}f}" for x in row["spread"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

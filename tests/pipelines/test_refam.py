@@ -10,7 +10,10 @@ from gen_accel.eval.toys import load_toy
 from gen_accel.eval.world.render import render
 from gen_accel.eval.world.scene import TOY, sample_scene
 from gen_accel.pipelines.refam import pipeline as module
+from gen_accel.pipelines.refam.backbone import Backbone
+from gen_accel.pipelines.refam.heatmap import word_shares
 from gen_accel.pipelines.refam.pipeline import choose, ground_video
+from gen_accel.pipelines.refam.reading import read
 from helpers import tiny
 
 ROOM = {"max_sequence_length": 128}
@@ -166,6 +169,20 @@ def test_one_words_attention_decides(toy, scene, monkeypatch):
     one, two = (torch.from_numpy(m) for m in scene.objects[:2])
     assert a.heatmap[one].mean() > b.heatmap[one].mean()
     assert b.heatmap[two].mean() > a.heatmap[two].mean()
+
+
+def test_shares_of_text_need_text_alone(toy, scene):
+    backbone = Backbone(toy)
+    latents = backbone.encode(torch.from_numpy(scene.video).movedim(-1, 1)[None])
+    whole, cheap = (
+        word_shares(
+            read(backbone, latents, ["the red object"], heads={0: None, 3: (1,)}, joint=joint),
+            [[1], [0, 2]],
+            drop=[3],
+        )
+        for joint in (True, False)
+    )
+    torch.testing.assert_close(whole, cheap, atol=1e-5, rtol=1e-3)
 
 
 class Fake:
