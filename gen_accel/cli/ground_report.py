@@ -158,10 +158,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         out += [f"**{title}**", "", "| | " + " | ".join(f"{t} ({n})" for t, n in counts.items()) +
                 " |", "|---" * (1 + len(counts)) + "|"]  # fmt: skip
         for name in dict.fromkeys(r["name"] for r in table):
-            values = [cells[name, tier].get(key) for tier in counts]
-            if values[0] is not None:
-                shown = (f"{100 * v:.0f}" if key == "pointing" else f"{v:.2f}" for v in values)
-                out.append(f"| {name} | " + " | ".join(shown) + " |")
+            if key in cells[name, "all"]:
+                values = [cells[name, tier][key] for tier in counts]
+                line = (f"{100 * v:.0f}" if key == "pointing" else f"{v:.2f}" for v in values)
+                out.append(f"| {name} | " + " | ".join(line) + " |")
         out.append("")
     out += ["| | difference of | all: points | all: AP | colour: points | colour: AP |",
             "|---|---|---|---|---|---|"]  # fmt: skip
@@ -175,8 +175,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         shown = []
         for tier in ("all", "colour"):
             for unit, scale in (("pointing", 100), ("ap", 1)):
-                row = paired.get((label, better, worse, tier, unit))
-                shown.append("" if row is None else _interval(row, scale))
+                pair = paired.get((label, better, worse, tier, unit))
+                shown.append("" if pair is None else _interval(pair, scale))
         out.append(f"| {label} | {better} - {worse} | " + " | ".join(shown) + " |")
     out.append("")
     for row in rows:
