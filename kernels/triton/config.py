@@ -100,8 +100,7 @@ _LADDERS = {
 
 
 # Quantised calls: tiles of keys are those that share a scale, whatever stands here; tiles of
-# stand-ins are as given. sm_100 has no instruction for int8 that Triton 3.6 knew: it computes as
-# sm_120 does.
+# stand-ins are as given. Triton 3.6 knows no int8 tcgen05: sm_100 multiplies codes as sm_120 does.
 _CODES = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 3), (64, 64, 8, 2),
           (64, 32, 8, 2), (64, 16, 8, 2))  # fmt: skip
 _LOW_CODES = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), *_CODES[3:])
@@ -112,6 +111,12 @@ _QUANTISED = {
     (90, 64): (_Ladder(_CODES, (0, 0, 0, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
     (90, 128): (_Ladder(_CODES, (0, 0, 0, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
     (90, 256): (_Ladder(_CODES, (3, 3, 3, 3)), _Ladder(_LOW_CODES, (3, 3, 3, 3))),
+    (100, 64): (
+        _Ladder(((128, 64, 4, 2), *_CODES), (0, 2, 2, 3)),
+        _Ladder(_LOW_CODES, (0, 0, 0, 3)),
+    ),
+    (100, 128): (_Ladder(_CODES, (0, 0, 3, 3)), _Ladder(_LOW_CODES, (0, 0, 3, 3))),
+    (100, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
     (120, 64): (_Ladder(_CODES, (1, 1, 1, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
     (120, 128): (_Ladder(_CODES, (0, 0, 3, 3)), _Ladder(_LOW_CODES, (0, 0, 3, 3))),
     (120, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
@@ -130,8 +135,7 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
     """
     family = max((f for f in (80, 90, 100, 120) if f <= key.capability), default=80)
     table, most = (_QUANTISED, _KEYS) if key.precision else (_LADDERS, key.block[1])
-    made_for = 120 if key.precision and family == 100 else family
-    ladders = table[made_for, max(64, key.head_dim)]
+    ladders = table[family, max(64, key.head_dim)]
     kind = key.masked + 2 * key.tail
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:

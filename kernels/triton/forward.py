@@ -9,7 +9,7 @@ each row and tile of keys, weights are rounded relative to the tile's own maximu
 channel by channel, because 8-bit matrix products want both operands along the axis they sum over.
 
 The programs are not persistent: as a loop over tiles the same code takes every register of sm_90
-(255 instead of 202 for plain lists, head_dim 128) and spills with windows and stand-ins.
+(255 instead of 208 for plain lists, head_dim 128) and spills with windows and stand-ins.
 """
 
 from __future__ import annotations
