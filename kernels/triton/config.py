@@ -119,7 +119,7 @@ _QUANTISED = {
     (100, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
     (120, 64): (_Ladder(_CODES, (1, 1, 1, 0)), _Ladder(_LOW_CODES, (0, 0, 0, 0))),
     (120, 128): (_Ladder(_CODES, (0, 0, 3, 3)), _Ladder(_LOW_CODES, (0, 0, 3, 3))),
-    (120, 256): (_Ladder(_CODES, (3, 3, 3, 5)), _Ladder(_LOW_CODES, (3, 3, 3, 5))),
+    (120, 256): (_Ladder(_CODES, (3, 3, 5, 6)), _Ladder(_LOW_CODES, (3, 3, 5, 6))),
 }
 
 
