@@ -185,7 +185,8 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
     results += ground_report.hypotheses(records, masses, sinks, len(found))
     results += abstention(scores, absent)
     results += planted(backbone, found[:40], choices["text"])
-    results += overhead(backbone, found[:1], choices["text"])
+    for direction in ("text", "joint"):
+        results += overhead(backbone, found[:1], choices[direction])
     print(ground_report.page(results))
     print(f"{time.perf_counter() - started:.0f} s")
     for row in results:
