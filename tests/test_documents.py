@@ -129,6 +129,19 @@ def precise_clips(row, column):
     return "equal" if found["value"] == 100 else interval(found)
 
 
+def grounded(row, column):
+    found = named("ground_toy", row, "ground", tier=column.partition(" (")[0])
+    numbers = [found["config"].get(key) for key in ("flood", "iou")]
+    assert f"({found['n']})" in column
+    points = f"{100 * found['value']:.0f}"
+    return " / ".join([points, *("–" if n is None else f"{n:.2f}" for n in numbers)])
+
+
+def grounding_control(row, column):
+    found = named("ground_toy", row, "ground", tier=column)
+    return f"{100 * found['value']:.0f} / {found['config']['ap']:.2f}"
+
+
 # Page and beginning of the table's head -> what a cell has to say.
 TABLES = {
     ("docs/benchmarks.md", "| | uniform 0.25 |"): static_call,
@@ -141,6 +154,8 @@ TABLES = {
     ("docs/precision.md", "| mean (worst call) |"): precision,
     ("docs/precision.md", "|  | raster | axis | curve |"): weights,
     ("docs/precision.md", "|  | all blocks | PARO 0.3 |"): precise_clips,
+    ("docs/refam.md", "| | all (520) |"): grounded,
+    ("docs/refam.md", "| | all | colour |"): grounding_control,
 }
 # Tables whose numbers are not measurements, or are checked elsewhere.
 OTHERS = {
@@ -155,7 +170,10 @@ OTHERS = {
     "docs/object_wiper.md": ["| known | what we chose |"],  # settings
     "docs/paro.md": ["| | |", "| | paper and its public code |"],  # defaults
     "docs/precision.md": ["| layer |"],  # what a command prints, as an example
-    "docs/refam.md": ["| | what we do | where from |"],  # settings
+    "docs/refam.md": [
+        "| | what we do | where from |",  # settings
+        "| | | answer |",  # sentences; their differences are checked below
+    ],
     "docs/spaattn.md": ["| beyond the paper |"],
     "docs/world.md": ["| | bar | how |"],
 }
@@ -195,6 +213,34 @@ def test_every_table_with_numbers_is_checked_or_explained(page):
             assert any(lines[0].startswith(head) for head in heads), (
                 f"{page}: {lines[0]} has numbers; say in this file which rows they come from"
             )
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "tier", "said"),
+    [
+        ("append + filter", "filter", "colour", "+11.9, 6.6 .. 17.8"),
+        ("append + filter", "filter", "all", "-1.3, -4.2 .. 1.5"),
+        ("rows: append + filter", "rows: filter", "all", "-1.1, -2.8 .. 0.6"),
+        ("drop heaviest token", "drop random token", "all", "5.0 (2.5 .. 7.5)"),
+        ("joint: append + filter", "joint: filter", "all", "+1.1, -0.2 .. 2.4"),
+        ("append + filter", "content words", "all", "-1.4, -4.2 .. 1.3"),
+        ("append + filter", "absent object", "all", "+3.8, 0.7 .. 6.8"),
+        ("append + filter", "magnets first", "all", "+2.4, 0.2 .. 4.4"),
+        ("append + filter", "colour of another object", "all", "-3.6, -5.7 .. -1.4"),
+    ],
+)
+def test_differences_of_refam(better, worse, tier, said):
+    found = the(
+        [
+            row
+            for row in rows("ground_toy")
+            if row["unit"] == "pointing"
+            and {"better": better, "worse": worse, "tier": tier}.items() <= row["config"].items()
+        ]
+    )
+    assert said in (ROOT / "docs" / "refam.md").read_text()
+    numbers = [float(x) for x in re.findall(r"-?\d+\.\d", said)]
+    assert numbers == [round(100 * x, 1) for x in (found["value"], *found["spread"])]
 
 
 def test_the_tables_of_whole_steps_are_rendered_from_their_rows():
