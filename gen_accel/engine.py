@@ -23,7 +23,7 @@ from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.axis import AxisOrder
 from gen_accel.parallel import by_part, by_rank
 from gen_accel.planner.base import Planned, Planner, Windowed
-from gen_accel.precision import EXACT, HeadPrecisions, split_heads
+from gen_accel.precision import EXACT, HeadPrecisions, pays, split_heads
 from gen_accel.schedule import Schedule
 from gen_accel.tail import TailSetting
 
@@ -343,7 +343,9 @@ class Engine:
         precision, groups = self.precision, {}
         if precision == "auto" and planned is not None:
             groups = planned.groups()
-        elif precision == "auto" and self.preferred != EXACT and q.dtype in _HALF:
+        elif (
+            precision == "auto" and self.preferred != EXACT and q.dtype in _HALF and pays(q.device)
+        ):
             carrier = choose(q, k, v, blocks, tail, precision=self.preferred, impl=self.impl)
             precision = EXACT if emulates(carrier, self.preferred) else self.preferred
         if len(groups) < 2:

@@ -26,6 +26,15 @@ EXACT = "auto"  # not quantised: at least as exact as the model's dtype
 CHEAPEST = ("int8+int8", "int8+fp8", "int8")
 
 
+def pays(device: torch.device) -> bool:
+    """Whether quantised products are expected to beat those of 16 bits on this device.
+
+    Not on sm_100: its tensor cores take no int8 from Triton 3.6, which multiplies them by the older
+    ``mma.sync``.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 10
+
+
 @dataclass(frozen=True)
 class HeadPrecisions:
     """The precision of each head of a layer.

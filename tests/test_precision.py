@@ -14,7 +14,7 @@ from gen_accel.kernels.api import block_sparse_attention
 from gen_accel.kernels.quant import PRECISIONS
 from gen_accel.kernels.tail import block_scores, pool_keys, rectify
 from gen_accel.plan import PlanError
-from gen_accel.precision import HeadPrecisions, PrecisionMeter, head_errors, split_heads
+from gen_accel.precision import HeadPrecisions, PrecisionMeter, head_errors, pays, split_heads
 from helpers import tiny
 from helpers.attention_cases import Case, banded, random
 
@@ -227,3 +227,12 @@ def test_bad_numbers_are_named_on_request(caplog):
         tiny.run(pipe, **arguments)
     with apply(pipe, SpaAttnProcessor(**policy)), caplog.at_level(logging.ERROR):
         assert not tiny.run(pipe, **arguments).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), True), ((10, 0), False), ((12, 0), True)]
+)
+def test_int8_is_no_default_where_triton_lacks_its_instruction(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pays(torch.device("cuda")) is expected
+    assert pays(torch.device("cpu"))
