@@ -53,10 +53,8 @@ class Rates:
 
 
 # Nothing of ours has run on a GPU. torch alone reached 770 to 800 TFLOP/s and 4.3 TB/s on one H200;
-# models reach less. Attention is the rate published for cuDNN, the sparse one what ours is built for.
-ASSUMED = {
-    "h200": Rates(650e12, 576e12, {1.0: 480e12}, 3.4e12, source="assumed, see docs/cli.md")
-}
+# models reach less. Attention is the rate published for cuDNN, the sparse one our kernel's target.
+ASSUMED = {"h200": Rates(650e12, 576e12, {1.0: 480e12}, 3.4e12, source="assumed, see docs/cli.md")}
 
 
 @dataclass(frozen=True)

@@ -478,4 +478,3 @@ def add_pipeline_method() -> None:
         return apply(self, processor)
 
     DiffusionPipeline.set_attn_processor = set_attn_processor  # type: ignore[attr-defined]
-
