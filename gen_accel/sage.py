@@ -93,7 +93,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor
     smooth = {}
     if _is_wheel():
         k = k - k.mean(1, keepdim=True, dtype=torch.float32).to(k.dtype)
-        q, k = _no_zero_tiles(q, _Q_TILE), _no_zero_tiles(k, _K_TILE)
+        q, k = _fill_zero_tiles(q.clone(), _Q_TILE), _fill_zero_tiles(k, _K_TILE)
         smooth = {"smooth_k": False}  # or it would smooth the copy a second time, in place
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, **smooth)
@@ -112,9 +112,9 @@ def _name() -> str:
     return "sageattention " + ".".join(map(str, version() or ()))
 
 
-def _no_zero_tiles(x: Tensor, tile: int) -> Tensor:
-    """A tiny number in one channel of tiles of tokens that hold only zeros."""
+def _fill_zero_tiles(x: Tensor, tile: int) -> Tensor:
+    """Put a tiny number into one channel of tiles of tokens that hold only zeros; in place."""
     padded = F.pad(x.abs().amax(-1), (0, 0, 0, -x.shape[1] % tile))
     zero = padded.unflatten(1, (-1, tile)).amax(2) == 0
-    zero = zero.repeat_interleave(tile, 1)[:, : x.shape[1]]
-    return torch.cat([x[..., :1] + _TINY * zero[..., None].to(x.dtype), x[..., 1:]], -1)
+    x[..., 0] += _TINY * zero.repeat_interleave(tile, 1)[:, : x.shape[1]]
+    return x
