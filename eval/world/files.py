@@ -21,9 +21,9 @@ def _frames(video: np.ndarray, zoom: int) -> np.ndarray:
 def write_clip(clip: Clip, folder: str | Path, zoom: int = 8, fps: int = 8) -> list[Path]:
     """Writes the clip, its clean twin, their masks and the words.
 
-    ``clip.mp4``, ``clean.mp4``; one PNG strip per mask (frames side by side): ``object_<i>.png``
-    and ``effect_<i>_<kind>.png``; ``sheet.png`` with everything one above the other; ``clip.json``
-    with caption, spans and referring expressions.
+    ``clip.mp4``, ``clean.mp4``; of each mask, ``object_<i>`` and ``effect_<i>_<kind>``, a PNG strip
+    (frames side by side) to look at and an mp4 for ``gen-accel wipe --mask``; ``sheet.png`` with
+    everything one above the other; ``clip.json`` with caption, spans and referring expressions.
 
     Args:
         clip: Rendered clip.
@@ -45,8 +45,9 @@ def write_clip(clip: Clip, folder: str | Path, zoom: int = 8, fps: int = 8) -> l
         written.append(folder / name)
 
     rows = [clip.video, clip.clean]
+    encoding = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
     for name, video in (("clip.mp4", clip.video), ("clean.mp4", clip.clean)):
-        put(name, _frames(video, zoom), fps=fps, codec="libx264", macro_block_size=1)
+        put(name, _frames(video, zoom), **encoding)
     masks = {f"object_{i}": m for i, m in enumerate(clip.objects)}
     for i, thing in enumerate(clip.scene.things):
         if thing.effect is not None:
@@ -54,6 +55,7 @@ def write_clip(clip: Clip, folder: str | Path, zoom: int = 8, fps: int = 8) -> l
     for name, mask in masks.items():
         rows.append(np.repeat(mask[..., None], 3, axis=-1).astype(np.float32))
         put(f"{name}.png", np.concatenate(list(_frames(mask, zoom)), axis=1))
+        put(f"{name}.mp4", _frames(mask, zoom), **encoding)
     sheet = [np.concatenate(list(_frames(row, zoom)), axis=1) for row in rows]
     put("sheet.png", np.concatenate(sheet, axis=0))
 

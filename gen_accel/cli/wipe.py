@@ -176,12 +176,8 @@ def _mask(path: str) -> Tensor:
 
 
 def _from_expression(pipe: Any, video: Tensor, expression: str) -> Tensor:
-    try:
-        from gen_accel.pipelines.refam import ground_video
-    except ImportError as error:
-        raise UsageError(
-            f"--expression {expression!r}: no grounding in this version; give --mask FILE"
-        ) from error
+    from gen_accel.pipelines.refam import ground_video
+
     return ground_video(pipe, video, expression)
 
 

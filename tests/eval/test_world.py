@@ -200,6 +200,8 @@ def test_files(tmp_path):
 
     strip = iio.imread(tmp_path / "object_0.png")
     assert np.array_equal(strip[::2, : 2 * 32 : 2, 0] > 127, clip.objects[0, 0])
+    mask = iio.imread(tmp_path / "object_0.mp4")[:, ::2, ::2].mean(-1) > 127
+    assert np.mean(mask != clip.objects[0].astype(bool)) < 0.005
     video = iio.imread(tmp_path / "clip.mp4")
     assert video.shape[0] == 9
     assert np.abs(video[:, ::2, ::2] / 255 - clip.video).mean() < 0.05
