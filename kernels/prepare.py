@@ -1,4 +1,4 @@
-"""From the model's tensors to the carrier's: rotary embedding and token order, and back."""
+"""From the model's tensors to the carrier's: norm, rotary embedding and order, and back."""
 
 from __future__ import annotations
 
@@ -83,16 +83,34 @@ class Rope:
     halves: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMS norm, in fp32: x / sqrt(mean(x²) + eps) * weight.
+
+    Attributes:
+        weight: ``[head_dim]``, each head is normed by itself (HunyuanVideo, FLUX, Cosmos), or
+            ``[heads * head_dim]``, a token's heads are normed together (Wan).
+        eps: Added to the mean square.
+    """
+
+    weight: Tensor
+    eps: float
+
+
 Places = AxisPlaces | IndexPlaces
 
 
-def prepare(x: Tensor, places: Places | None = None, rope: Rope | None = None) -> Tensor:
-    """Rotate the tokens and put them in order: one read, one write.
+def prepare(
+    x: Tensor, places: Places | None = None, rope: Rope | None = None, norm: Norm | None = None
+) -> Tensor:
+    """Norm the tokens, rotate them and put them in order: one read, one write.
 
     Args:
         x: ``[B, S, H, D]`` in the model's order.
         places: Where tokens go; None keeps the order.
         rope: Rotary embedding, or None.
+        norm: RMS norm of all tokens, or None; in half precision nothing is rounded between it
+            and the rotation.
 
     Returns:
         ``[B, H, places, D]``, contiguous, in x's dtype.
@@ -100,9 +118,13 @@ def prepare(x: Tensor, places: Places | None = None, rope: Rope | None = None) -
     if fused(x):
         from gen_accel.kernels.triton import prepare as kernel
 
-        return kernel.prepare(x, *_flatten(places), *_flatten_rope(rope))
+        return kernel.prepare(x, *_flatten(places), *_flatten_rope(rope), *_flatten_norm(norm))
+    dtype = x.dtype
+    if norm is not None:
+        x = _norm(x, norm)
     if rope is not None:
         x = _rotate(x, rope)
+    x = x.to(dtype)
     x = x.transpose(1, 2)
     if places is None:
         return x.contiguous()
@@ -133,6 +155,14 @@ def restore(x: Tensor, places: Places | None = None) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    """In fp32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = x if len(norm.weight) == x.shape[-1] else x.flatten(2)
+    scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + norm.eps)
+    return (parts * scale * norm.weight).reshape(x.shape)
+
+
 def _rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope.cos[:, None].float(), rope.sin[:, None].float()
     here = slice(rope.start, rope.start + len(cos))
@@ -160,3 +190,7 @@ def _flatten(
 
 def _flatten_rope(rope: Rope | None) -> tuple[Tensor | None, Tensor | None, int, bool]:
     return (None, None, 0, False) if rope is None else (rope.cos, rope.sin, rope.start, rope.halves)
+
+
+def _flatten_norm(norm: Norm | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else (norm.weight, norm.eps)

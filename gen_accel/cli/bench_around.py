@@ -20,7 +20,7 @@ def around(piece: Piece) -> list[Candidate]:
 
     from gen_accel.kernels.mass import block_mass
     from gen_accel.kernels.pool import group_means
-    from gen_accel.kernels.prepare import AxisPlaces, Rope, prepare, restore
+    from gen_accel.kernels.prepare import AxisPlaces, Norm, Rope, prepare, restore
     from gen_accel.kernels.route import _choose, route, to_lists
 
     case, heads, device = piece.case, piece.sample.heads, piece.suite.device
@@ -29,6 +29,10 @@ def around(piece: Piece) -> list[Candidate]:
     places = AxisPlaces.from_axes(axes, case.grid, 0, device)
     angle = torch.rand(case.video, case.dim // 2, generator=piece.generator, device=device)
     rope = Rope(angle.cos(), angle.sin())
+    norms = {  # of each head, and as in Wan across a token's heads
+        kind: Norm(torch.ones(width, dtype=q.dtype, device=device), 1e-6)
+        for kind, width in (("each", case.dim), ("all", case.heads * case.dim))
+    }
 
     def pool(*tensors: Tensor) -> Tensor:
         q, k = (group_means(x, case.block).mean.transpose(1, 2) for x in tensors)
@@ -39,6 +43,14 @@ def around(piece: Piece) -> list[Candidate]:
 
     def orders() -> list[Tensor]:
         return [prepare(q, places, rope), prepare(k, places, rope), prepare(v, places)]
+
+    def norm_then_rope() -> list[Tensor]:
+        norm = norms["each"]
+        normed = (torch.rms_norm(x, norm.weight.shape, norm.weight, norm.eps) for x in (q, k))
+        return [prepare(x, None, rope) for x in normed]
+
+    def norm_rope(kind: str) -> list[Tensor]:
+        return [prepare(x, None, rope, norms[kind]) for x in (q, k)]
 
     def whole() -> Tensor:
         route(pool(q, k), keep=keep)
@@ -63,6 +75,12 @@ def around(piece: Piece) -> list[Candidate]:
         right = prepare(some(k), AxisPlaces(places.strides[heads], case.grid), rope)
         return relative(found[1][:, heads], right)
 
+    def norm_error(found: list[Tensor], kind: str = "each") -> float:
+        norm = Norm(norms[kind].weight.double(), norms[kind].eps)
+        tokens = slice(0, 64)  # a norm across heads wants them all
+        few = Rope(rope.cos[tokens], rope.sin[tokens])
+        return relative(found[1][:, :, tokens], prepare(k[:, tokens].double(), None, few, norm))
+
     def whole_error(found: Tensor) -> float:
         return relative(found[:, :, heads], prepare(some(q), None, rope).transpose(1, 2))
 
@@ -72,6 +90,14 @@ def around(piece: Piece) -> list[Candidate]:
     found: list[tuple[str, Callable[[], Any], Callable[[Any], float], float]] = [
         ("pooled scores of q and k", lambda: pool(q, k), pool_error, 1e-4),
         ("block lists from scores", lambda: route(scores, keep=keep), route_error, 0.0),
+        ("norm, then RoPE of q and k", norm_then_rope, norm_error, 2**-7),
+        ("norm and RoPE of q and k in one", lambda: norm_rope("each"), norm_error, 2**-8),
+        (
+            "norm across heads and RoPE of q and k in one",
+            lambda: norm_rope("all"),
+            lambda found: norm_error(found, "all"),
+            2**-8,
+        ),
         ("RoPE and order of q, k and v", orders, order_error, 2**-8),
         ("inverse order", lambda: restore(ordered, places), lambda x: relative(x, q), 0.0),
         ("plan, order and inverse", whole, whole_error, 2**-8),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gen_accel.kernels.fused import fused
-from gen_accel.kernels.prepare import Rope, prepare
+from gen_accel.kernels.prepare import Norm, Rope, prepare
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
 from gen_accel.parallel import context_parallel, ulysses_attention
 
@@ -214,6 +214,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, halves: bool = False) -> Tensor:
     turned = torch.stack([real * cos - imag * sin, imag * cos + real * sin], axis)
     turned = turned.flatten(-2).to(x.dtype)
     return turned if tokens == x.shape[1] else torch.cat([turned, x[:, tokens:]], 1)
+
+
+def norm_rotate(
+    norm: nn.Module | None, x: Tensor, cos: Tensor, sin: Tensor, *,
+    halves: bool = False, across: bool = False,
+) -> Tensor:  # fmt: skip
+    """``rotate(norm(x), cos, sin)``; on a GPU both in one read and one write.
+
+    There the norm is not rounded to half precision before it is rotated, as the stock one is.
+
+    Args:
+        norm: The model's own module, or None.
+        x: Queries or keys ``[B, S, H, D]``.
+        cos: As in `rotate`.
+        sin: Same.
+        halves: Same.
+        across: The norm runs over the heads of a token together, not over each.
+    """
+    known = None if torch.compiler.is_compiling() else _rms_norm(norm, x, across)
+    if known is not None and fused(x, known.weight):
+        return prepare(x, None, Rope(cos, sin, 0, halves), known).transpose(1, 2)
+    if norm is not None:
+        x = norm(x.flatten(2)).view(x.shape) if across else norm(x)
+    return rotate(x, cos, sin, halves)
+
+
+def _rms_norm(norm: Any, x: Tensor, across: bool) -> Norm | None:
+    """What a module does to x if that is a plain RMS norm and nothing else, or None."""
+    if type(norm).__name__ != "RMSNorm" or getattr(norm, "bias", None) is not None:
+        return None
+    # Offloading puts a wrapper into the instance, which brings the weight when it is called.
+    hooked = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
+    weight, width = norm.weight, x.shape[-1] * (x.shape[-2] if across else 1)
+    if hooked or norm.eps is None or weight is None or weight.shape != (width,):
+        return None
+    return Norm(weight, norm.eps) if (weight.device, weight.dtype) == (x.device, x.dtype) else None
 
 
 def split_plan(block: str, arguments: Sequence[str], embeddings: Mapping[str, int]) -> Any:

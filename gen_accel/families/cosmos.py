@@ -13,7 +13,7 @@ from gen_accel.families.base import (
     TokenPath,
     argument,
     is_a,
-    rotate,
+    norm_rotate,
     split_heads,
     split_plan,
     video_layout,
@@ -44,10 +44,11 @@ class CosmosProcessor(FamilyProcessor):
 
         head_dim = attn.inner_dim // attn.heads
         cos, sin = (freqs[:, : head_dim // 2] for freqs in image_rotary_emb)  # both halves alike
-        q = attn.norm_q(split_heads(attn.to_q(hidden_states), head_dim))
-        k = attn.norm_k(split_heads(attn.to_k(hidden_states), head_dim))
-        q, k = rotate(q, cos, sin, halves=True), rotate(k, cos, sin, halves=True)
-        v = split_heads(attn.to_v(hidden_states), head_dim)
+        q, k, v = (
+            split_heads(to(hidden_states), head_dim) for to in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q = norm_rotate(attn.norm_q, q, cos, sin, halves=True)
+        k = norm_rotate(attn.norm_k, k, cos, sin, halves=True)
         out = self.attention(q, k, v).flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 

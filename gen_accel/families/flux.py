@@ -14,8 +14,8 @@ from gen_accel.families.base import (
     TokenPath,
     argument,
     is_a,
+    norm_rotate,
     read_once,
-    rotate,
     split_heads,
 )
 from gen_accel.layout import TokenGrid, TokenLayout, Unsupported
@@ -57,21 +57,21 @@ class FluxProcessor(FamilyProcessor):
             return [split_heads(part, attn.head_dim) for part in parts]
 
         q, k, v = project(hidden_states, "to_qkv", "to_q", "to_k", "to_v")
-        q, k = attn.norm_q(q), attn.norm_k(k)
         # Single-stream blocks arrive with text and image already in one sequence.
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        q = norm_rotate(attn.norm_q, q, cos[text:], sin[text:])
+        k = norm_rotate(attn.norm_k, k, cos[text:], sin[text:])
         if encoder_hidden_states is not None:
             text_q, text_k, text_v = project(
                 encoder_hidden_states, "to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"
             )
-            q = torch.cat([attn.norm_added_q(text_q), q], dim=1)
-            k = torch.cat([attn.norm_added_k(text_k), k], dim=1)
-            v = torch.cat([text_v, v], dim=1)
+            text_q = norm_rotate(attn.norm_added_q, text_q, cos[:text], sin[:text])
+            text_k = norm_rotate(attn.norm_added_k, text_k, cos[:text], sin[:text])
+            q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
 
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.attention(q, k, v).flatten(2, 3).to(q.dtype)
         if encoder_hidden_states is None:
             return out
-        text = encoder_hidden_states.shape[1]
         image_out = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
         return image_out, attn.to_add_out(out[:, :text].contiguous())
 

@@ -14,9 +14,9 @@ from gen_accel.families.base import (
     TokenPath,
     argument,
     latent_grid,
+    norm_rotate,
     prefix_lengths,
     read_once,
-    rotate,
     split_heads,
     split_plan,
 )
@@ -50,12 +50,11 @@ class HunyuanVideoProcessor(FamilyProcessor):
         if attn.add_q_proj is None:  # single-stream block: one projection for video and text
             joint = torch.cat([hidden_states, encoder_hidden_states], dim=1)
             q, k, v = project(joint, attn.to_q, attn.to_k, attn.to_v)
-            q = rotate(_norm(attn.norm_q, q), cos, sin)
-            k = rotate(_norm(attn.norm_k, k), cos, sin)
         else:
             q, k, v = project(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-            q = rotate(_norm(attn.norm_q, q), cos, sin)
-            k = rotate(_norm(attn.norm_k, k), cos, sin)
+        q = norm_rotate(attn.norm_q, q, cos, sin)
+        k = norm_rotate(attn.norm_k, k, cos, sin)
+        if attn.add_q_proj is not None:
             text_q, text_k, text_v = project(
                 encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
             )

@@ -12,7 +12,7 @@ from gen_accel.families.base import (
     Match,
     TokenPath,
     is_a,
-    rotate,
+    norm_rotate,
     split_heads,
     video_layout,
 )
@@ -40,13 +40,12 @@ class WanProcessor(FamilyProcessor):
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
-        # The norm runs across heads, so it comes before they are split.
-        head_dim = attn.inner_dim // attn.heads
+        q, k, v = (split_heads(x, attn.inner_dim // attn.heads) for x in (q, k, v))
         # cos and sin are [1, tokens, 1, head_dim], each number twice.
         cos, sin = (freqs[0, :, 0, ::2] for freqs in rotary_emb)
-        q = rotate(split_heads(attn.norm_q(q), head_dim), cos, sin)
-        k = rotate(split_heads(attn.norm_k(k), head_dim), cos, sin)
-        out = self.attention(q, k, split_heads(v, head_dim))
+        q = norm_rotate(attn.norm_q, q, cos, sin, across=True)
+        k = norm_rotate(attn.norm_k, k, cos, sin, across=True)
+        out = self.attention(q, k, v)
 
         out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))

@@ -45,7 +45,7 @@ def test_rows_page_and_plot(tiny, tmp_path, capsys):
     assert bench(tmp_path, f"--table={page}", f"--plot={plot}") == 0
     assert "WRONG" not in capsys.readouterr().out
     rows = read_rows(tmp_path / "r.jsonl")
-    assert len(rows) == 3 + 6 + 2 * (3 + 1)
+    assert len(rows) == 3 + 9 + 2 * (3 + 1)
     assert all(row["n"] == 3 and row["value"] > 0 for row in rows)
     assert all(row["shape"] == [1, 107, 3, 16] for row in rows)
     parts = list(dict.fromkeys(row["config"]["part"] for row in rows))
@@ -212,7 +212,7 @@ sys.exit(main(["bench", "kernel", "--suite=smoke", "--out=" + sys.argv[2]]))
     )
     assert run.returncode == 0, run.stderr
     assert "not measured" not in run.stdout, run.stdout
-    assert len(read_rows(tmp_path / "r.jsonl")) == 3 + 6 + 3 + 1
+    assert len(read_rows(tmp_path / "r.jsonl")) == 3 + 9 + 3 + 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")

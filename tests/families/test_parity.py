@@ -8,7 +8,9 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 
+from gen_accel.families import base
 from gen_accel.families.base import FamilyProcessor
+from gen_accel.kernels.prepare import prepare
 from helpers import tiny
 from helpers.dense import Dense, Masked, Zero, difference, installed
 
@@ -66,6 +68,25 @@ def test_attend_decides_the_output(case):
     """Parity would be worthless if the stock path still ran, or if attention did not matter."""
     pipe, call = build(case)
     assert difference(accelerated(pipe, call, Zero())[0], tiny.run(pipe, **call)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_norm_and_rope_in_one(case, monkeypatch):
+    """What a GPU takes, here in torch operations."""
+    norms = []
+
+    def one(x, places, rope, norm):
+        norms.append(norm.weight.numel() // x.shape[-1])
+        return prepare(x, places, rope, norm)
+
+    monkeypatch.setattr(base, "fused", lambda *tensors: True)
+    monkeypatch.setattr(base, "prepare", one)
+    pipe, call = build(case)
+    assert_parity(pipe, call)
+    _, layers, forwards, _ = CASES[case]
+    dual = 2 if case == "flux" else 0  # blocks in which the text has norms of its own
+    assert len(norms) == forwards * 2 * (layers + dual)
+    assert all((heads > 1) == (case == "wan") for heads in norms)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -28,6 +28,10 @@ ORDERED = {"STRIDES": "*i32", "INDEX": "*i64", "COS": "*fp32", "SIN": "*fp32", "
 CODES = {**ORDERED, "CODES": "*i8", "SCALE": "*fp32", "levels": "fp32", "tiny": "fp32"}
 PLAIN = {"num_warps": 8, "enable_fp_fusion": False}
 PREPARE = {"BACK": False, "HAS_ROPE": True, "ROWS": 16, "HEADS": 8, "DIM": 128, "WIDTH": 128}
+UNNORMED = {"HAS_NORM": False, "ACROSS": False}
+NORMED = {**PREPARE, "HAS_NORM": True, "HAS_STRIDES": False, "HAS_INDEX": False}
+PLACED = {"X": "*bf16", "OUT": "*bf16", "STRIDES": "*i32", "INDEX": "*i64", "COS": "*fp32"}
+PLACED |= {"SIN": "*fp32", "WEIGHT": "*bf16", "eps": "fp32"}
 
 # Kernel, types of its pointers, constants, warps, stages: as the wrappers launch them at head_dim
 # 128 in bf16.
@@ -72,14 +76,32 @@ KERNELS = {
     ),
     "prepare, axes": (
         _prepare_kernel,
-        {"X": BF16, "OUT": BF16, "STRIDES": "*i32", "INDEX": "*i64", "COS": FP32, "SIN": FP32},
-        {**PREPARE, "HAS_STRIDES": True, "HAS_INDEX": False, "HALVES": False},
+        PLACED,
+        {**PREPARE, **UNNORMED, "HAS_STRIDES": True, "HAS_INDEX": False, "HALVES": False},
         {"num_warps": 4},
     ),
     "prepare, index, halves": (
         _prepare_kernel,
-        {"X": BF16, "OUT": BF16, "STRIDES": "*i32", "INDEX": "*i64", "COS": FP32, "SIN": FP32},
-        {**PREPARE, "HAS_STRIDES": False, "HAS_INDEX": True, "HALVES": True},
+        PLACED,
+        {**PREPARE, **UNNORMED, "HAS_STRIDES": False, "HAS_INDEX": True, "HALVES": True},
+        {"num_warps": 4},
+    ),
+    "norm of each head": (
+        _prepare_kernel,
+        PLACED,
+        {**NORMED, "HALVES": False, "ACROSS": False},
+        {"num_warps": 4},
+    ),
+    "norm of each head, halves": (
+        _prepare_kernel,
+        PLACED,
+        {**NORMED, "HALVES": True, "ACROSS": False},
+        {"num_warps": 4},
+    ),
+    "norm across heads": (
+        _prepare_kernel,
+        PLACED,
+        {**NORMED, "HALVES": False, "ACROSS": True, "HEADS": 40},
         {"num_warps": 4},
     ),
     "codes of keys": (

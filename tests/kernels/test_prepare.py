@@ -1,8 +1,11 @@
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
 
-from gen_accel.families.base import rotate
+from gen_accel.families import base
+from gen_accel.families.base import norm_rotate, rotate
 from gen_accel.kernels.prepare import AxisPlaces, IndexPlaces, Rope, prepare, restore
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.order.axis import _AXES, AxisOrder
@@ -86,3 +89,78 @@ def test_rope_then_order():
     assert not torch.isclose(turned[:, 2:-3], x[:, 2:-3]).all(-1).any()
     for places in (axis_places(2), tile_places(2, 3)[1]):
         assert torch.equal(prepare(x, places, rope), prepare(turned, places))
+
+
+def norm_module(kind, width):
+    norm = kind(width, eps=1e-3)
+    generator = torch.Generator().manual_seed(4)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+    return norm.requires_grad_(False)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """What a GPU takes, here in torch operations; counts how often it was taken."""
+    taken = []
+
+    def prepare_(x, *args):
+        taken.append(args)
+        return prepare(x, *args)
+
+    monkeypatch.setattr(base, "fused", lambda *tensors: True)
+    monkeypatch.setattr(base, "prepare", prepare_)
+    return taken
+
+
+@pytest.mark.parametrize("kind", [torch.nn.RMSNorm, RMSNorm])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+def test_norm_and_rope_in_one_are_those_of_the_models(kind, across, halves, fused, monkeypatch):
+    x, layout = case(after=6)
+    norm = norm_module(kind, 6 * 8 if across else 8)
+    cos, sin = angles(GRID.numel, 8)
+    found = norm_rotate(norm, x, cos, sin, halves=halves, across=across)
+    assert len(fused) == 1
+    monkeypatch.setattr(base, "fused", lambda *tensors: False)
+    stock = norm(x.flatten(2)).view(x.shape) if across else norm(x)
+    torch.testing.assert_close(found, rotate(stock, cos, sin, halves))
+    assert torch.equal(
+        norm_rotate(norm, x, cos, sin, halves=halves, across=across),
+        rotate(stock, cos, sin, halves),
+    )
+    assert len(fused) == 1
+
+
+def _double(norm):
+    norm.register_forward_hook(lambda module, args, out: 2 * out)
+    return norm
+
+
+def _offloaded(norm):
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    return add_hook_to_module(norm, Double())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _double,
+        _offloaded,
+        lambda norm: RMSNorm(8, eps=1e-3, bias=True).requires_grad_(False),
+        lambda norm: RMSNorm(8, eps=1e-3, elementwise_affine=False),
+        lambda norm: norm.double(),
+        lambda norm: torch.nn.LayerNorm(8),
+        lambda norm: None,
+    ],
+    ids=["hook", "offload", "bias", "plain", "dtype", "layer norm", "none"],
+)
+def test_whatever_is_not_a_plain_norm_runs_itself(change, fused):
+    x, _ = case()
+    norm = change(norm_module(RMSNorm, 8))
+    cos, sin = angles(GRID.numel, 8)
+    right = rotate(x if norm is None else norm(x), cos, sin)
+    assert torch.equal(norm_rotate(norm, x, cos, sin), right)
+    assert all(len(args) == 2 for args in fused)  # RoPE alone
