@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gen_accel.layout import TokenGrid
@@ -31,6 +31,8 @@ class Rates:
         linear: FLOP/s of matrix products.
         attention: FLOP/s of dense attention.
         sparse: Density -> FLOP/s on kept blocks.
+        windows: The same where neighbouring rows share their lists, as in windows, which a carrier
+            may read once; empty says no different.
         memory: Bytes/s that element-wise operations read and write.
         bytes: Bytes per number.
         source: Where these come from.
@@ -42,10 +44,11 @@ class Rates:
     memory: float
     bytes: int = 2
     source: str = ""
+    windows: Mapping[float, float] = field(default_factory=dict)
 
-    def sparse_at(self, density: float) -> float:
+    def sparse_at(self, density: float, windows: bool = False) -> float:
         """Rate at a density, linear between those known, constant outside."""
-        known = sorted(self.sparse.items())
+        known = sorted((windows and self.windows or self.sparse).items())
         for (d0, r0), (d1, r1) in zip(known, known[1:]):
             if d0 <= density <= d1:
                 return r0 + (r1 - r0) * (density - d0) / (d1 - d0)
@@ -118,7 +121,9 @@ def attention_flop(model: Published, tokens: int) -> float:
     return 4.0 * model.depth * model.width * length**2
 
 
-def forecast(model: Published, grid: TokenGrid, density: float, rates: Rates) -> Forecast:
+def forecast(
+    model: Published, grid: TokenGrid, density: float, rates: Rates, windows: bool = False
+) -> Forecast:
     """Seconds of one forward.
 
     Args:
@@ -126,6 +131,7 @@ def forecast(model: Published, grid: TokenGrid, density: float, rates: Rates) ->
         grid: Its tokens.
         density: Kept share of all pairs of tokens in a sparse call, text included.
         rates: Of the device.
+        windows: The blocks kept are those of windows.
     """
     tokens = grid.numel
     flop = attention_flop(model, tokens)
@@ -135,7 +141,7 @@ def forecast(model: Published, grid: TokenGrid, density: float, rates: Rates) ->
         linear=matrix_flop(model, tokens) / rates.linear,
         elementwise=model.depth * (_PASSES[model.family] + feed) * pass_seconds,
         attention=flop / rates.attention,
-        sparse=density * flop / rates.sparse_at(density)
+        sparse=density * flop / rates.sparse_at(density, windows)
         + model.depth * _ORDER_PASSES * pass_seconds,
     )
 
@@ -152,12 +158,14 @@ def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Ra
     """
     found: dict[str, float] = {}
     sparse: dict[float, float] = {}
+    windows: dict[float, float] = {}
     number, source = 2, ""
     for row in rows:
         config = row["config"]
         if row["kind"] == "rate":
-            if row["name"].startswith("sparse"):
-                sparse[round(config["density"], 4)] = row["value"]
+            lists = {"sparse": sparse, "windows": windows}.get(row["name"].split()[0])
+            if lists is not None:
+                lists[round(config["density"], 4)] = row["value"]
             else:
                 found[row["name"]] = row["value"]
             number = {"fp32": 4}.get(config["dtype"], 2)
@@ -173,7 +181,7 @@ def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Ra
         # `bench kernel` times attention alone.
         linear = found.get("linear", ASSUMED["h200"].linear)
         memory = found.get("memory", ASSUMED["h200"].memory)
-        return Rates(linear, found["attention"], sparse, memory, number, source)
+        return Rates(linear, found["attention"], sparse, memory, number, source, windows)
     missing = [
         n for n, there in (("attention", "attention" in found), ("sparse", sparse)) if not there
     ]
@@ -183,10 +191,11 @@ def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Ra
 
 
 def describe(
-    model: Published, grid: TokenGrid, density: float, steps: int, dense: int, rates: Rates
-) -> str:
+    model: Published, grid: TokenGrid, density: float, steps: int, dense: int, rates: Rates,
+    windows: bool = False,
+) -> str:  # fmt: skip
     """A forecast as text."""
-    found = forecast(model, grid, density, rates)
+    found = forecast(model, grid, density, rates, windows)
     length = grid.numel + (model.text if model.family in ("hunyuan_video", "flux") else 0)
     whole = forecast(model, grid, 1.0, rates).run(steps, steps, model.forwards)
     run = found.run(steps, dense, model.forwards)

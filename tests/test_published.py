@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,6 +96,10 @@ def test_a_forecast_follows_its_rates():
     # performance.md, Amdahl: about 1.7 with a fifth of the steps dense.
     speed = forecast(model, grid, 1.0, ASSUMED["h200"]).run(50, 50) / found.run(50, 10)
     assert 0.65 < found.attention_share < 0.78 and 1.5 < speed < 1.9
+    fast = replace(ASSUMED["h200"], windows={0.2: 960e12})
+    assert forecast(model, grid, 0.2, fast) == found
+    window = forecast(model, grid, 0.2, fast, windows=True)
+    assert window.sparse < found.sparse and window.dense_forward == found.dense_forward
     twice = Rates(2 * 650e12, 2 * 576e12, {1.0: 2 * 480e12}, 2 * 3.4e12)
     assert forecast(model, grid, 0.2, twice).sparse_forward == pytest.approx(
         found.sparse_forward / 2
@@ -111,6 +117,10 @@ def test_rates_come_from_rows():
     rates = read_rates([*rows, row("sparse 0.1", 1.0, 0.1), row("sparse 0.3", 2.0, 0.3)])
     assert (rates.linear, rates.attention, rates.memory, rates.bytes) == (5.0, 3.0, 7.0, 4)
     assert [rates.sparse_at(d) for d in (0.05, 0.2, 0.9)] == pytest.approx([1.0, 1.5, 2.0])
+    assert rates.sparse_at(0.2, windows=True) == rates.sparse_at(0.2)
+    window = [row("sparse 0.1", 1.0, 0.1), row("windows 0.1", 4.0, 0.1)]
+    rates = read_rates([*rows, *window])
+    assert (rates.sparse_at(0.2), rates.sparse_at(0.2, windows=True)) == (1.0, 4.0)
     config = {"case": "W", "lists": "dense", "tflop": 100.0}
     kernel = {"kind": "kernel", "name": "triton", "value": 200.0, "device": "cuda: x"}
     sparse = {"case": "W", "lists": "realistic", "tflop": 20.0, "density": 0.2, "tail": "drop"}

@@ -27,7 +27,9 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
     from gen_accel.eval.harness import measure, result_row
     from gen_accel.kernels.api import block_sparse_attention
     from gen_accel.kernels.blocks import Blocks
+    from gen_accel.layout import TokenLayout
     from gen_accel.plan import default_block_size
+    from gen_accel.planner.window import WindowSetting
 
     model, tokens, device = case.model, case.tokens, case.device
     dtype = getattr(torch, case.dtype)
@@ -75,6 +77,17 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
         blocks = Blocks.from_mask(mask.to(device), **size)
         name = f"sparse {density:g}"
         fns[name] = partial(block_sparse_attention, q, k, v, blocks)
+        kept[name] = blocks.density()
+        work[name] = full * kept[name]
+        if "gna" not in case.methods:
+            continue
+        name = f"windows {density:g}"
+        setting = WindowSetting(density=density)
+        blocks = setting.plan(0, TokenLayout(case.grid), 0, q.device).blocks
+        assert isinstance(blocks, Blocks)
+        # Tiles that stick out of the grid hold places without a token: time, and no work.
+        places = [random(1, blocks.q_len, heads, model.head_dim) for _ in range(3)]
+        fns[name] = partial(block_sparse_attention, *places, blocks)
         kept[name] = blocks.density()
         work[name] = full * kept[name]
     started = time.perf_counter()

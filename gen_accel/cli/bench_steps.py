@@ -80,6 +80,7 @@ class Candidate:
         joules: Of one forward.
         turn: Forwards timed so far.
         backend: diffusers' backend of its dense calls.
+        windows: What it keeps is a window's.
         own: A transformer of its own, on which the processors stay; None shares one.
     """
 
@@ -93,6 +94,7 @@ class Candidate:
     extra: float = 0.0
     turn: int = 0
     backend: str = "native"
+    windows: bool = False
     own: Run | None = None
     peak: float | None = None
     joules: float | None = None
@@ -201,6 +203,7 @@ class Steps:
         """Run the dense steps that a method learns from, and its first sparse ones."""
         from gen_accel import apply
         from gen_accel.planner.calibrated import CalibratedPlanner
+        from gen_accel.planner.window import WindowPlanner
 
         label = name if len(self.case.densities) == 1 else f"{name} {density:g}"
         policy = self.case.policy(name, density)
@@ -211,6 +214,7 @@ class Steps:
             handle.remove()
         candidate = Candidate(label, False, density, handle, backend=self._fastest, own=own)
         engine = handle.components[0].engine
+        candidate.windows = isinstance(engine.planner, WindowPlanner)
         if isinstance(engine.planner, CalibratedPlanner):
             for step in range(max(0, self.last_dense - 1), self.last_dense + 1):
                 out = self._forward(candidate, step)

@@ -47,7 +47,8 @@ def _config(steps: Steps, candidate: Candidate, rates: Rates) -> Row:
     seconds, dense_seconds = timing.median, baseline.median
     attention = sum(t for part, t in candidate.parts.items() if part != "rest")
     total = attention + candidate.parts.get("rest", 0.0)
-    predicted = forecast(model, case.grid, candidate.density, rates)
+    windows = candidate.windows
+    predicted = forecast(model, case.grid, candidate.density, rates, windows)
     expected = predicted.dense_forward if candidate.dense else predicted.sparse_forward
     # Whole run: all blocks, all steps, both branches. All blocks take alike.
     times = whole.forwards * whole.depth / model.depth

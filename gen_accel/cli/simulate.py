@@ -59,6 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--num-frames", type=int, help="frames (as published)")
     add("--device", default="h200", help="whose rates are assumed (h200)")
     add("--rates", type=Path, metavar="FILE", help="rows of bench e2e or bench kernel instead")
+    add("--windows", action="store_true", help="the blocks kept are those of GNA windows")
     add("--case", help="of FILE: the case whose rates count (all)")
     return parser
 
@@ -149,14 +150,14 @@ def _forecast(args: argparse.Namespace) -> int:
     if args.dense_steps is not None:
         _fraction("--dense-steps", args.dense_steps)
         dense, steps = map(int, args.dense_steps.split("/"))
-    found = forecast(model, grid, args.density, rates)
+    found = forecast(model, grid, args.density, rates, args.windows)
     if args.json:
         run = found.run(steps, dense, model.forwards)
         print(json.dumps({"model": model.name, "grid": list(grid), "density": args.density,
                           "steps": steps, "dense_steps": dense, "forwards": model.forwards,
                           **asdict(found), "run_s": run, "rates": rates.source}))  # fmt: skip
     else:
-        print(describe(model, grid, args.density, steps, dense, rates))
+        print(describe(model, grid, args.density, steps, dense, rates, args.windows))
     return 0
 
 

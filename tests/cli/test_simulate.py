@@ -114,6 +114,8 @@ def test_a_forecast_of_a_whole_run(capsys):
     dense = found["linear"] + found["elementwise"] + found["attention"]
     sparse = found["linear"] + found["elementwise"] + found["sparse"]
     assert found["run_s"] == pytest.approx(2 * (10 * dense + 40 * sparse))
+    assert command("e2e --model wan2.1-14b --density 0.2 --windows --json") == 0
+    assert json.loads(capsys.readouterr().out) == found  # nothing else is assumed of windows
     assert command("e2e --model flux-dev --height 1024 --width 1024") == 0
     text = capsys.readouterr().out
     assert "grid 1x64x64, 4,608 tokens" in text and "assumed" in text
