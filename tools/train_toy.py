@@ -61,8 +61,11 @@ def trim(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v if k == "pooled_projections" else v[:, :longest] for k, v in text.items()}
 
 
-def noise_levels(count: int, generator: torch.Generator, shift: float = 2.0) -> torch.Tensor:
-    """Logit-normal levels, shifted towards noise: neighbouring pixels say the same thing."""
+def noise_levels(count: int, generator: torch.Generator, shift: float) -> torch.Tensor:
+    """Logit-normal levels, shifted towards noise: neighbouring pixels say the same thing.
+
+    So do the frames of a clip: which way an object moves is decided while a frame shows nothing.
+    """
     u = torch.sigmoid(torch.randn(count, generator=generator))
     return shift * u / (1 + (shift - 1) * u)
 
@@ -168,6 +171,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=12, help="clips per step")
     parser.add_argument("--image-batch", type=int, default=64, help="frames per image step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--shift", type=float, default=2.0, help="of the noise levels of frames")
+    parser.add_argument("--clip-shift", type=float, default=5.0, help="of those of clips")
     parser.add_argument(
         "--focus", type=float, default=0.0, help="extra weight of pixels that look like an object"
     )
@@ -231,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         if TOYS[args.model].frames == 1:
             latents = latents[:, :, 0]
         noise = torch.randn(latents.shape, generator=generator)
-        sigma = noise_levels(size, generator)
+        sigma = noise_levels(size, generator, args.clip_shift if clips else args.shift)
         latents, noise, sigma = (t.to(args.device) for t in (latents, noise, sigma))
         with torch.no_grad():
             text = encode_text(pipe, texts)
