@@ -1,15 +1,15 @@
-"""``gen-accel bench damage``: which metric sees which damage. ``bench metrics``: what they cost."""
+"""``gen-accel bench damage``: which metric sees which damage."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gen_accel.cli.bench_options import add
 from gen_accel.cli.options import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- gen-accel bench damage -->", "<!-- end -->"
 
 
-def damage(args: argparse.Namespace) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, "clips", "frames", "size", "device", "seed", "docs")
+
+
+def run(args: argparse.Namespace) -> int:
     """Print the table, append its rows, put it into the docs."""
     from tqdm import tqdm
 
@@ -29,8 +34,8 @@ def damage(args: argparse.Namespace) -> int:
     page = Path(args.docs) if args.docs else None
     if page is not None and _TABLE.search(page.read_text(encoding="utf-8")) is None:
         raise UsageError(f"--docs {page}: no lines {BEGIN} and {END} to put the table between")
-    metrics, networks = _metrics(args)
-    samples = tqdm(_samples(args), total=args.clips, desc="damage", unit="clip")
+    metrics, networks = measurable(args)
+    samples = tqdm(clips_of(args), total=args.clips, desc="damage", unit="clip")
     series = damage_series(samples, list(metrics.values()), networks)
 
     def row(name: str, kind: str, states: list[Accumulator]) -> dict[str, Any]:
@@ -59,59 +64,18 @@ def damage(args: argparse.Namespace) -> int:
     return 0
 
 
-def metrics(args: argparse.Namespace) -> int:
-    """Time each metric on clips of the world with noise on them; print, append the rows."""
-    from tqdm import tqdm
-
-    from gen_accel.eval.damage import damage as broken
-    from gen_accel.eval.harness import append_rows, result_row
-
-    chosen, networks = _metrics(args)
-    states = {
-        name: metric.accumulator(**{"network": networks[metric.network]} if metric.network else {})
-        for name, metric in chosen.items()
-    }
-    seconds = dict.fromkeys(states, 0.0)
-    for sample in tqdm(_samples(args), total=args.clips, desc="metrics", unit="clip"):
-        given = {"video": broken(sample, "noise", 3), "reference": sample.video}
-        given["mask"] = sample.mask
-        for name, state in states.items():
-            start = time.perf_counter()
-            state.update(**{k: given[k] for k in chosen[name].needs if k in given})
-            seconds[name] += time.perf_counter() - start
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, state in states.items():
-            start = time.perf_counter()
-            state.compute()
-            seconds[name] += time.perf_counter() - start
-
-    common = {"n": args.clips, "shape": (args.frames, 3, args.size, args.size), "seed": args.seed}
-    costs = {"all metrics": sum(seconds.values()), **seconds}
-    rows = [result_row("metric cost", name, s, "s", **common) for name, s in costs.items()]
-    print(f"{args.clips} clips of {args.frames}x{args.size}x{args.size}")
-    for name, spent in costs.items():
-        print(f"  {name:22}{spent:9.2f} s{1e3 * spent / args.clips:9.1f} ms per clip")
-    peak = _peak_memory()
-    if peak is not None:
-        rows.append(result_row("metric cost", "peak memory", peak, "MiB", **common))
-        print(f"  {'peak memory':22}{peak:9.0f} MiB")
-    if args.out:
-        append_rows(args.out, rows)
-    return 0
-
-
 _TABLE = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 
 
-def _samples(args: argparse.Namespace) -> Any:
+def clips_of(args: argparse.Namespace) -> Any:
+    """Samples of the world, as the options ask."""
     from gen_accel.eval.damage import DAMAGE_WORLD, world_samples
 
     config = replace(DAMAGE_WORLD, frames=args.frames, size=args.size)
     return world_samples(args.clips, config, args.seed)
 
 
-def _metrics(args: argparse.Namespace) -> tuple[dict[str, Metric], dict[str, Any]]:
+def measurable(args: argparse.Namespace) -> tuple[dict[str, Metric], dict[str, Any]]:
     """Those that can be measured here, and their networks; prints why the others cannot."""
     from gen_accel.cli.networks import Networks, choose
 
@@ -133,15 +97,3 @@ def _table(rows: list[dict[str, Any]], names: list[str], kinds: tuple[str, ...])
 
 def _cell(value: float) -> str:
     return f"**{value:.2f}**" if value >= 0.95 else f"{value:.2f}"
-
-
-def _peak_memory() -> float | None:
-    """Largest resident size of this process so far, in MiB."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gen_accel.cli.bench_options import add
+
 if TYPE_CHECKING:
     from gen_accel.layout import TokenGrid
     from gen_accel.processors import Policy
@@ -164,20 +166,28 @@ def _tiny(model: Published) -> Published:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark alone."""
-    add = parser.add_argument_group("e2e", "Steps of whole transformers.").add_argument
-    add("--weights", default="random", help="random, or a checkpoint: whole clips, judged")
-    add("--height", type=int, help="pixels (as published)")
-    add("--width", type=int, help="pixels (as published)")
-    add("--num-frames", type=int, help="frames (as published)")
-    add("--layers", type=int, help="run so many blocks and extrapolate (all)")
-    add("--methods", help=f"with commas between ({','.join(METHODS)})")
-    add("--dtype", help="float32 on the CPU, bfloat16 on a GPU")
-    add("--rounds", type=int, help="times each candidate runs, at most (5)")
-    add("--prompt-file", metavar="FILE", help="prompts, one per line, for --weights")
-    add("--sweep", metavar="FILE", help="YAML: model, size, density, methods, each one or a list")
-    add("--output", metavar="DIR", help="folder of pages (outputs/e2e)")
-    add("--piece", type=int, help="run this piece of the suite alone, counted from 0")
+    """Options of this benchmark."""
+    add(
+        parser, "again", "seed", "device", "docs",
+        suite={"default": None, "help": "h200, cpu or smoke, instead of --model"},
+        limit={"default": None, "help": "seconds for all pieces (the suite's)"},
+        piece_limit={"default": 240},
+        densities={"default": None, "help": "kept shares (the suite's)"},
+        model={"help": "which architecture"},
+    )  # fmt: skip
+    option = parser.add_argument
+    option("--weights", default="random", help="random, or a checkpoint: whole clips, judged")
+    option("--height", type=int, help="pixels (as published)")
+    option("--width", type=int, help="pixels (as published)")
+    option("--num-frames", type=int, help="frames (as published)")
+    option("--layers", type=int, help="run so many blocks and extrapolate (all)")
+    option("--methods", help=f"with commas between ({','.join(METHODS)})")
+    option("--dtype", help="float32 on the CPU, bfloat16 on a GPU")
+    option("--rounds", type=int, help="times each candidate runs, at most (5)")
+    option("--prompt-file", metavar="FILE", help="prompts, one per line, for --weights")
+    option("--sweep", metavar="FILE", help="YAML: model, size, density, methods; lists")
+    option("--output", metavar="DIR", help="folder of pages (outputs/e2e)")
+    option("--piece", type=int, help="run this piece of the suite alone, counted from 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -251,7 +261,7 @@ def _measure(
         known = read_rows(out) if out.exists() else []
         rates = [r for r in known if r["kind"] == "rate" and r["config"]["case"] == case.name]
         steps = Steps(case, say)
-        steps.measure(args.piece_limit or 240)
+        steps.measure(args.piece_limit)
     rows = step_rows(steps, read_rates(rates))
     print(text_of(rows, steps), flush=True)
     return rows, steps.wrong

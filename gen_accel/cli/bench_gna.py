@@ -8,13 +8,31 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench import _FLEX, _Bench, _Candidate, _exact, random_qkv
+from gen_accel.cli.bench_attention import (
+    FLEX,
+    AttentionBench,
+    Candidate,
+    exact,
+    random_qkv,
+    run_calls,
+)
+from gen_accel.cli.bench_options import TENSORS, add
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class GnaBench(_Bench):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, "grid", *TENSORS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each head size and dtype; 1 when a result was wrong."""
+    return run_calls(GnaBench, args)
+
+
+class GnaBench(AttentionBench):
     """Whole calls: q, k and v into tiles, the carrier, the result back.
 
     For each density the best window of `suggest`, which no block sees in part, then its keys with a
@@ -58,22 +76,22 @@ class GnaBench(_Bench):
         q, k, v = (order.reorder(x, self.layout) for x in (self.q, self.k, self.v))
         return order.restore(attend((q, k, v), blocks), self.layout)
 
-    def _candidates(self) -> list[_Candidate]:
+    def _candidates(self) -> list[Candidate]:
         from gen_accel.kernels.api import block_sparse_attention
 
         def carrier(impl: str) -> Callable[..., Tensor]:
             return lambda tensors, blocks: block_sparse_attention(*tensors, blocks, impl=impl)
 
-        ways = {_FLEX: carrier("flex")} if self.no_flex is None else {}
+        ways = {FLEX: carrier("flex")} if self.no_flex is None else {}
         ways["whole call"] = carrier("auto")
         return self._dense() + [
-            _Candidate(name, partial(self._whole, mask, attend), mask, blocks)
+            Candidate(name, partial(self._whole, mask, attend), mask, blocks)
             for mask, (_, blocks) in self.plans.items()
             for name, attend in ways.items()
         ]
 
-    def _right(self, candidate: _Candidate) -> Tensor:
-        return self._whole(candidate.mask, _exact)
+    def _right(self, candidate: Candidate) -> Tensor:
+        return self._whole(candidate.mask, exact)
 
 
 def _times(sizes: Any) -> str:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gen_accel.cli.bench_options import TOY_MODEL, add, positive
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 SIGMAS = (0.1, 0.25, 0.5, 0.75)
 BLURS = (0.0, 0.5, 1.0)
 BATCH = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, *TOY_MODEL, "table")
+    parser.add_argument("--expressions", type=positive, default=520, help="how many")
+    parser.add_argument(
+        "--choose", action="store_true", help="choose layers and noise on validation scenes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gen_accel.cli.bench_options import add
+
 
 @dataclass(frozen=True)
 class Case:
@@ -84,6 +86,11 @@ SUITES = {
         precisions=("int8+int8",),
     ),
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, "suite", "limit", "piece_limit", "again", "table", "plot", "seed")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gen_accel.cli.bench_options import TOY_MODEL, add
 from gen_accel.cli.bench_tails import prompts, table
 
 MIXTURES = (
@@ -13,6 +14,11 @@ MIXTURES = (
 )  # fmt: skip
 TAILS = ("drop", "rectified+gapr", "joint", "joint/4")
 STEPS = 12
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, *TOY_MODEL, "prompts", "densities")
 
 
 def run(args: argparse.Namespace) -> int:

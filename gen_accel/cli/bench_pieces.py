@@ -177,7 +177,7 @@ class Piece:
         """Lists over the video's blocks; what holds text is seen by all and sees all."""
         import torch
 
-        from gen_accel.cli.bench import calibrated_mask, uniform_mask
+        from gen_accel.cli.bench_masks import calibrated_mask, uniform_mask
         from gen_accel.kernels.blocks import Blocks
 
         case = self.case

@@ -6,7 +6,14 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench import _Bench, _Candidate, _grid, random_qkv
+from gen_accel.cli.bench_attention import (
+    AttentionBench,
+    Candidate,
+    cubic_grid,
+    random_qkv,
+    run_calls,
+)
+from gen_accel.cli.bench_options import TENSORS, add
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +22,17 @@ _TAILS = ("drop", "rectified", "joint", "joint/4", "joint+variance")
 _RULES = {"block means": 1, "4x4 sub-blocks": 4}
 
 
-class PooledBench(_Bench):
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, "tokens", *TENSORS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each head size and dtype; 1 when a result was wrong."""
+    return run_calls(PooledBench, args)
+
+
+class PooledBench(AttentionBench):
     """Whole calls: q, k and v onto the curve, scores, lists, the tail, the carrier, the way back.
 
     Random queries and keys: what is chosen does not matter to the time, how much does.
@@ -33,7 +50,7 @@ class PooledBench(_Bench):
         self.args, self.dim, self.dtype = args, dim, dtype
         generator = torch.Generator().manual_seed(args.seed)
         self.q, self.k, self.v = random_qkv(args, args.tokens, dim, dtype, generator)
-        self.layout = TokenLayout(_grid(args.tokens))
+        self.layout = TokenLayout(cubic_grid(args.tokens))
         self.order: Any = CurveOrder()
         self.ordered = [self.order.reorder(x, self.layout) for x in (self.q, self.k, self.v)]
         self.no_flex = available()["flex"]
@@ -41,7 +58,7 @@ class PooledBench(_Bench):
         self.right: dict[str, Tensor] = {}
         self.candidates = self._candidates()
 
-    def _candidates(self) -> list[_Candidate]:
+    def _candidates(self) -> list[Candidate]:
         from gen_accel.kernels.api import block_sparse_attention
         from gen_accel.kernels.reference import attention
         from gen_accel.planner.pooled import PooledPlanner
@@ -72,15 +89,15 @@ class PooledBench(_Bench):
                     made = stands.make(q, k, v, blocks, pooled=planned.pooled)
                     exact = attention(*(x.float() for x in self.ordered), blocks, scale, made)[0]
                     self.right[mask] = self.order.restore(exact, self.layout)
-                    found.append(_Candidate("whole call", whole, mask, blocks))
+                    found.append(Candidate("whole call", whole, mask, blocks))
                     if tail == "drop":
                         alone = partial(self._select, planned, mask)
-                        found.append(_Candidate("selection alone", alone, mask, blocks))
+                        found.append(Candidate("selection alone", alone, mask, blocks))
         return found
 
     def _select(self, planned: Any, mask: str) -> Tensor:
         planned.blocks(*self.ordered[:2])
         return self.right[mask]
 
-    def _right(self, candidate: _Candidate) -> Tensor:
+    def _right(self, candidate: Candidate) -> Tensor:
         return self.right[candidate.mask]

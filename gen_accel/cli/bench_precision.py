@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen_accel.cli.bench_mixtures import STEPS, interval
+from gen_accel.cli.bench_options import TOY_MODEL, add
 from gen_accel.cli.bench_tails import _calls, prompts, table
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from gen_accel.kernels.quant import Precision
 
 GROUP = 64  # queries and keys that share a scale in PAROAttention's P.V
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, *TOY_MODEL, "prompts", "table")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from gen_accel.cli.bench import calibrated_mask
+    from gen_accel.cli.bench_masks import calibrated_mask
     from gen_accel.eval.harness import measure, result_row
     from gen_accel.kernels.api import block_sparse_attention
     from gen_accel.kernels.blocks import Blocks

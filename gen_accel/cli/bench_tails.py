@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gen_accel.cli.bench_options import TOY_MODEL, add
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +26,11 @@ TAILS = (
 )  # fmt: skip
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 FOUND = (0.25, 0.125)  # densities at which selections are compared
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, *TOY_MODEL, "prompts", "table", "plot")
 
 
 def run(args: argparse.Namespace) -> int:

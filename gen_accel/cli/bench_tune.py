@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gen_accel.cli.bench_codes import on_codes
 from gen_accel.cli.bench_kernel import PRECISIONS, Case, Suite, prepare_run
+from gen_accel.cli.bench_options import add
 from gen_accel.cli.bench_pieces import LOSSY, Candidate, Piece
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ SUITES = {
     ),
     "smoke": Suite((Case("tune", (2, 8, 8), 0, 2),), "cpu", ("triton",), flex=False, repeats=1),
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, "suite", "piece_limit", "again", "head_dims", "dtypes", "block", "seed")
 
 
 def run(args: argparse.Namespace) -> int:

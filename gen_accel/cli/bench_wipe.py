@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.cli.bench_options import TOY_MODEL, add, positive
 from gen_accel.eval.grounding import iou
 from gen_accel.eval.removal import tok_sim
 from gen_accel.eval.world.caption import Caption, describe
@@ -437,6 +438,15 @@ def speed_row(flow: VideoFlow, rounds: int) -> dict:
 
 
 # -- the command -------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add(parser, *TOY_MODEL, "clips", "docs")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="of the world")
+    parser.add_argument("--ablate", type=int, default=0, help="how many of them for ablations too")
+    parser.add_argument("--batch", type=positive, default=10, help="clips at once")
+    parser.add_argument("--rounds", type=positive, help="also time it, dense and sparse")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,9 +1,7 @@
-import argparse
-
 import pytest
 import torch
 
-from gen_accel.cli import bench
+from gen_accel.cli import bench, bench_attention, bench_masks
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 from gen_accel.kernels import flex, gather
@@ -81,8 +79,8 @@ def test_threads_are_put_back(capsys):
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 1.0])
 def test_masks_have_the_density(density):
     generator = torch.Generator().manual_seed(0)
-    uniform = bench.uniform_mask(4, 64, density, generator)
-    calibrated = bench.calibrated_mask(4, 64, density, generator)
+    uniform = bench_masks.uniform_mask(4, 64, density, generator)
+    calibrated = bench_masks.calibrated_mask(4, 64, density, generator)
     for mask in (uniform, calibrated):
         assert mask.shape == (1, 4, 64, 64)
         assert float(mask.float().mean()) == pytest.approx(density, abs=1e-3)
@@ -96,15 +94,36 @@ def test_masks_have_the_density(density):
 
 @pytest.mark.parametrize("tokens", [1, 7, 250, 8192, 17550])
 def test_grids_hold_all_tokens(tokens):
-    assert bench._grid(tokens).numel == tokens
+    assert bench_attention.cubic_grid(tokens).numel == tokens
 
 
 def test_the_grid_is_cubic_where_it_can_be():
-    assert bench._grid(8192) == TokenGrid(16, 16, 32)
+    assert bench_attention.cubic_grid(8192) == TokenGrid(16, 16, 32)
 
 
-def test_parser_stands_alone():
-    parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["bench"])
+def test_without_a_name_it_is_attention(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_attention, "run", lambda args: asked.append(args) or 0)
+    assert main(["bench"]) == 0
+    (args,) = asked
     assert args.what == "attention" and args.head_dims == (64, 128) and args.tokens == 8192
+
+
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_each_has_help_and_options_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", name, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert f"bench {name}``" in text and "--out FILE" in text and "None" not in text
+    assert ("--expressions" in text) == (name == "ground")
+    assert main(["bench", name, "--denisty=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gen-accel: error: unknown option --denisty; ")
+    assert ("did you mean --density?" in error) == ("--density" in text)
+
+
+def test_unknown_names(capsys):
+    assert main(["bench", "attentoin"]) == 2
+    error = capsys.readouterr().err
+    assert "attentoin" in error and len(error.strip().splitlines()) == 1
