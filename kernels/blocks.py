@@ -38,6 +38,13 @@ class Intervals:
     high: Tensor
     free: int
 
+    def to(self, device: torch.device | str) -> Intervals:
+        """The same on another device."""
+        key = self.key.to(device)
+        if key is self.key:
+            return self
+        return Intervals(key, self.low.to(device), self.high.to(device), self.free)
+
     def rule(self) -> MaskMod:
         """The ``mask_mod``; its attribute ``intervals`` is this object."""
         # Split here: FlexAttention compiles plain look-ups only.
@@ -209,10 +216,14 @@ class Blocks:
         return sum(t.numel() * t.element_size() for t in lists if t is not None)
 
     def to(self, device: torch.device | str) -> Blocks:
-        """The same lists on another device."""
+        """The same lists on another device; a rule of `Intervals` goes with them."""
         move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        rule, intervals = self.mask_mod, getattr(self.mask_mod, "intervals", None)
+        if intervals is not None and (moved := intervals.to(device)) is not intervals:
+            rule = moved.rule()
         return replace(
             self,
+            mask_mod=rule,
             full_kv_num_blocks=self.full_kv_num_blocks.to(device),
             full_kv_indices=self.full_kv_indices.to(device),
             kv_num_blocks=move(self.kv_num_blocks),
@@ -235,5 +246,5 @@ def _to_mask(counts: Tensor, lists: Tensor, width: int) -> Tensor:
     listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
     mask = torch.zeros(*lists.shape[:3], width + 1, dtype=torch.bool, device=lists.device)
     # Padding entries are sent to an extra column that is cut off again.
-    mask.scatter_(-1, torch.where(listed, lists.long(), width), True)
+    mask.scatter_(-1, torch.where(listed, lists, width).long(), True)
     return mask[..., :width]

@@ -170,13 +170,13 @@ def choose(key: Key, rows: int | None = None, density: Callable[[], float] | Non
     Args:
         key: The call.
         rows: Only tiles of this height, for mask rows that are not merged.
-        density: Kept share of the call; asked only where the table has more than one band, because
-            the answer may have to be waited for.
+        density: Kept share of the call; asked only where the table's bands differ, because the
+            answer may have to be waited for.
     """
     bands = tuned().get(key)
     if rows is not None or not bands:
         return candidates(key, rows)[0]
-    if len(bands) == 1 or density is None:
+    if len(set(bands.values())) == 1 or density is None:
         return bands[max(bands)]
     kept = density()
     return bands[min((b for b in bands if kept <= b), default=max(bands))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -113,8 +114,7 @@ def _attend(
         isinstance(tail, Pooled),
         _name(codes),
     )
-    density = None if blocks is None else blocks.density
-    config = config or configs.choose(key, density=density)
+    config = config or configs.choose(key, density=_density(blocks))
     if blocks is None:
         groups: tuple[Tiles, ...] = (
             every_tile(q_len, k.shape[1], block[1], batch, heads, config.rows, q.device),
@@ -133,6 +133,25 @@ def _attend(
         constants.update(tail_constants, **groups_of, PLACES=order[1])
         _launch(arguments, constants, chosen)
     return out, lse
+
+
+_densities: weakref.WeakKeyDictionary[Blocks, float] = weakref.WeakKeyDictionary()
+
+
+def _density(blocks: Blocks | None) -> Callable[[], float] | None:
+    """How to find the kept share: a GPU is waited for once, and not while a graph is captured."""
+    if blocks is None:
+        return None
+    unknown = blocks.device.type == "cuda" and blocks not in _densities
+    if unknown and torch.cuda.is_current_stream_capturing():
+        return None
+
+    def ask() -> float:
+        if blocks not in _densities:
+            _densities[blocks] = blocks.density()
+        return _densities[blocks]
+
+    return ask
 
 
 def _arguments(
@@ -264,9 +283,10 @@ def _launch(arguments: dict[str, Any], constants: dict[str, Any], config: Config
                 if x.stride(3) != 1:
                     x, box = x.permute(0, 2, 3, 1), [1, 1, constants["BLOCK_D"], rows]
                 arguments[name] = TensorDescriptor.from_tensor(x, box)
-    attention_forward[(arguments["items"].numel(),)](
-        **arguments, **constants, **fixed, num_warps=config.warps, num_stages=config.stages
-    )
+    with torch.cuda.device_of(arguments["q"]):
+        attention_forward[(arguments["items"].numel(),)](
+            **arguments, **constants, **fixed, num_warps=config.warps, num_stages=config.stages
+        )
 
 
 def tile_of_keys(config: Config, block_kv: int, k_rows: int) -> int:

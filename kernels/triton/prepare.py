@@ -60,8 +60,8 @@ def _prepare_kernel(
         squares = tl.zeros([ROWS], tl.float32)
         x_rows = X + sample * stride_xb + source.to(tl.int64)[:, None] * stride_xt
         for head in range(heads):
-            value = tl.load(x_rows + head * stride_xh + channel[None, :], whole, 0.0)
-            value = value.to(tl.float32)
+            x_row = x_rows + tl.cast(head, tl.int64) * stride_xh
+            value = tl.load(x_row + channel[None, :], whole, 0.0).to(tl.float32)
             squares += tl.sum(value * value, 1)
         scale = tl.rsqrt(squares / (heads * DIM) + eps)
 

@@ -65,3 +65,17 @@ def test_intervals_are_a_rule_as_data():
                 assert seen[h, q, k] == (inside or k >= 7)
     shared = Intervals(key, low[:, :1], high[:, :1], free=7).rule()
     assert torch.equal(shared(None, heads[0], queries[:, None], keys), seen[0])
+
+
+def test_a_rule_goes_with_its_lists():
+    low = torch.zeros(1, 1, 8, dtype=torch.int32)
+    intervals = Intervals(torch.arange(8, dtype=torch.int32)[None], low, low + 3, free=8)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    size = {"q_len": 8, "kv_len": 8, "block_size": 8}
+    blocks = Blocks.from_mask(~mask, partial=mask, mask_mod=intervals.rule(), **size)
+    assert blocks.to("cpu").mask_mod is blocks.mask_mod
+    moved = blocks.to("meta").mask_mod.intervals
+    assert {x.device.type for x in (moved.key, moved.low, moved.high)} == {"meta"}
+    assert moved.free == 8 and blocks.mask_mod.intervals is intervals
+    plain = Blocks.from_mask(~mask, partial=mask, mask_mod=causal, **size)
+    assert plain.to("meta").mask_mod is causal
