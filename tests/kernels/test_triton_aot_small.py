@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-SCRIPT = Path(__file__).parents[1] / "helpers" / "aot.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "helpers" / "aot.py"
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -19,7 +20,7 @@ def test_compiles_without_spills(capability):
     # A process of its own: here kernels belong to the interpreter.
     run = subprocess.run(
         [sys.executable, SCRIPT, str(capability)],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -196,8 +196,8 @@ def test_coordinates_of_more_than_32_bits_are_declined():
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     blocks = Blocks.from_mask(
         ~mask, partial=mask, mask_mod=intervals.rule(), q_len=8, kv_len=8, block_size=64
-    )
-    q = torch.zeros(1, 8, 1, 16, dtype=torch.bfloat16)
+    ).to(DEVICE)
+    q = torch.zeros(1, 8, 1, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(ValueError, match="more than 32 bits: use impl='flex'"):
         block_sparse_attention(q, q, q, blocks, impl="triton")
 

@@ -7,6 +7,8 @@ from gen_accel.kernels import mass as definition
 from gen_accel.kernels.triton.mass import block_mass, takes
 from helpers.kernels import DEVICE
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 
 def tensors(tokens, keys, dim, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +60,7 @@ def test_large_logits_do_not_overflow():
     right = definition.block_mass(q, k, block=16, blocks=4, scale=100.0)
     assert torch.isfinite(right).all()
     torch.testing.assert_close(
-        block_mass(q, k, None, 16, 4, 16, 100.0), right, rtol=1e-3, atol=1e-5
+        block_mass(q, k, None, 16, 4, 16, 100.0), right, rtol=5e-3, atol=1e-5
     )
 
 

@@ -5,6 +5,8 @@ from gen_accel.kernels.pool import Groups, group_means
 from gen_accel.kernels.triton.pool import pool
 from helpers.kernels import DEVICE
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 
 def tokens(number, dim, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,8 @@ from gen_accel.kernels.prepare import (
 from gen_accel.kernels.triton.prepare import prepare, restore
 from helpers.kernels import DEVICE
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 GRID = (3, 4, 5)
 VIDEO = 60
 AXES = tuple(itertools.permutations(range(3)))

@@ -69,6 +69,8 @@ def compare(out, lse, right, right_lse, v, name, rounded=False):
     far = (out.float() - right).abs() / largest
     # A weight of the keys' 16-bit product, or of stand-ins, is rounded to bf16.
     near = 2**-7 if name == "int8" or rounded else 2e-5
+    if name == "int8+fp8" and DEVICE == "cuda":
+        near = max(near, 2**-9)  # Hopper sums e4m3 products in about 14 bits
     assert float(far.max()) <= max(near, STEP[name])
     assert float((far > near).float().mean()) < 0.05
     seen = torch.isfinite(right_lse)

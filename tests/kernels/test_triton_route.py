@@ -5,6 +5,8 @@ from gen_accel.kernels import route as definition
 from gen_accel.kernels.triton.route import route, to_lists
 from helpers.kernels import DEVICE
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 INF = float("inf")
 
 
