@@ -206,10 +206,14 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """Commit of this clone, ``+`` behind it when tracked files were changed; None outside one."""
+    """Commit of this clone, ``+`` behind it when tracked files were changed; None outside one.
+
+    A copy without ``.git`` may name its commit in a file ``.commit``.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed, maybe inside a clone of something else
-        return None
+        said = root / ".commit"
+        return (said.read_text().strip() or None) if said.is_file() else None
     git = [
         "git",
         "-C",

@@ -192,6 +192,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, write everything that follows from the rows."""
+    from gen_accel.cli.bench_pieces import free_gpu, told
     from gen_accel.cli.e2e_page import write_pages
     from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows, read_rows
@@ -212,11 +213,19 @@ def run(args: argparse.Namespace) -> int:
         if time.monotonic() > ends or args.piece not in (None, number):
             states[title] = "left"
             continue
-        if part == "steps" and case.device == "cuda":
-            _free_gpu()
+        if not free_gpu():
+            good, states[title] = False, "left"
+            break
         print(f"{title}", flush=True)
         started = time.perf_counter()
-        found, wrong = _measure(case, part, args, out)
+        try:
+            found, wrong = _measure(case, part, args, out)
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as reason:  # out of memory, a fault in a kernel: the others go on
+            good, states[title] = False, f"failed: {told(reason)}"
+            print(f"  FAILED: {told(reason)}", flush=True)
+            continue
         common = {"suite": name, "case": case.name, "part": part, "code": _code()}
         seconds = round(time.perf_counter() - started, 1)
         rows = [{**row, "config": {**common, **row["config"]}} for row in found]
@@ -398,12 +407,3 @@ def _manifest(
         "code": _code(),
         "pieces": states,
     }
-
-
-def _free_gpu() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()

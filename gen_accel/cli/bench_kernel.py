@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gen_accel.cli.bench_options import add
+from gen_accel.cli.bench_options import add, list_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Suite:
     precisions: tuple[str, ...] = ()  # quantised calls
 
 
+_PARTS = ("dense", "realistic", "around", "uniform", "quantised", "flex")
 PRECISIONS = ("int8", "int8+int8", "int8+fp8")  # those with kernels
 
 SUITES = {
@@ -91,14 +93,20 @@ SUITES = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add(parser, "suite", "limit", "piece_limit", "again", "table", "plot", "seed")
+    parts = f"with commas between ({','.join(_PARTS)})"
+    parser.add_argument("--parts", type=list_of(_part), metavar="P,P", help=parts)
+
+
+def _part(text: str) -> str:
+    if text not in _PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(_PARTS)}")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, print it, write the table; 1 when a result was wrong."""
     suite = prepare_run(SUITES, args.suite)
-    import torch
-
-    from gen_accel.cli.bench_pieces import Piece
+    from gen_accel.cli.bench_pieces import Piece, attempt, free_gpu
     from gen_accel.cli.bench_table import kernel_page, kernel_plot
     from gen_accel.eval.files import check_writable, write_text
     from gen_accel.eval.harness import append_rows, read_rows
@@ -108,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     ends = time.monotonic() + args.limit
     good, late = True, []
     for number, (case, part) in enumerate(_pieces(suite)):
+        if args.parts and part.split()[0] not in args.parts:
+            continue
         rows = read_rows(out) if out.exists() and not args.again else []
         if any(_is_result_of(row, args.suite, case, part, suite.device) for row in rows):
             continue
@@ -115,15 +125,15 @@ def run(args: argparse.Namespace) -> int:
         if left <= 0:
             late.append(f"{case.name}, {part}")
             continue
-        piece = Piece(suite, case, part, args.seed + number)
-        with torch.no_grad():
-            piece.measure(min(args.piece_limit, left))
-        print(piece.text(), flush=True)
-        append_rows(out, piece.rows(args.suite))
-        good &= not piece.wrong
-        if suite.device == "cuda":
-            del piece
-            torch.cuda.empty_cache()
+        make = partial(Piece, suite, case, part, args.seed + number)
+        piece = attempt(make, min(args.piece_limit, left), f"{case.name}, {part}")
+        good &= piece is not None and not piece.wrong
+        if piece is not None:
+            append_rows(out, piece.rows(args.suite))
+        del piece
+        if not free_gpu():
+            good = False
+            break
     for name in late:
         print(f"not measured, time was up: {name}; run the command again")
     rows = read_rows(out) if out.exists() else []

@@ -7,6 +7,7 @@ NaN.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import time
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from gen_accel.eval.harness import Timing
     from gen_accel.kernels.blocks import Blocks
     from gen_accel.kernels.tail import Tail
+
+P = TypeVar("P", bound="Piece")
 
 _TAILS = (None, "rectified", "joint")
 _FEWEST = 5  # rounds, where 20 would not fit into a piece's time
@@ -50,6 +53,42 @@ class Candidate:
     config: dict[str, Any] = field(default_factory=dict)
     allowed: float | None = None
     ours: bool = True
+
+
+def attempt(make: Callable[[], P], seconds: float, name: str) -> P | None:
+    """Make and measure a piece; one that breaks is told, and the others go on without it."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            piece = make()
+            piece.measure(seconds)
+    except Exception as reason:  # out of memory, a fault in a kernel, a bug
+        print(f"{name}\n  FAILED: {told(reason)}", flush=True)
+        return None
+    print(piece.text(), flush=True)
+    return piece
+
+
+def told(reason: Exception) -> str:
+    """One line."""
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+
+
+def free_gpu() -> bool:
+    """Give back what dead tensors held; False where a kernel broke the GPU for this process."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    except RuntimeError as reason:
+        print(f"the GPU is lost to this process ({told(reason)}); run the command again")
+        return False
+    return True
 
 
 class Piece:
@@ -217,8 +256,7 @@ class Piece:
             except Exception as reason:
                 # What is not installed or not made for this device may be absent; a fault may not.
                 absent = isinstance(reason, (ValueError, ImportError)) or not candidate.ours
-                said = f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
-                (self.absent if absent else self.wrong)[candidate.name] = said
+                (self.absent if absent else self.wrong)[candidate.name] = told(reason)
                 continue
             error = candidate.error(result)
             del result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -128,12 +129,17 @@ class Steps:
         Args:
             seconds: About how long the rounds may take.
         """
+        from gen_accel.cli.bench_pieces import free_gpu, told
         from gen_accel.eval.harness import measure
 
         self._baselines()
-        for name in self.case.methods:
-            for density in self.case.densities:
-                self._prime(name, density)
+        for name, density in itertools.product(self.case.methods, self.case.densities):
+            label = name if len(self.case.densities) == 1 else f"{name} {density:g}"
+            try:
+                self._prime(label, name, density)
+            except Exception as error:  # out of memory, a fault in a kernel: the others go on
+                self.wrong[label] = told(error)
+            free_gpu()
         if self.case.compiled:
             self._compiled()
         usable = [c for c in self.candidates if c.name not in self.wrong]
@@ -194,21 +200,18 @@ class Steps:
         stock = Candidate(f"{STOCK}, compiled", dense=True, own=own)
         self._compare(stock, self._forward(stock, self.last_dense))
         self.candidates.append(stock)
-        for name in self.case.methods:
-            for density in self.case.densities:
-                # Processors that come and go would be compiled anew each time.
-                self._prime(name, density, Run(self.case))
+        for name, density in itertools.product(self.case.methods, self.case.densities):
+            label = name if len(self.case.densities) == 1 else f"{name} {density:g}"
+            # Processors that come and go would be compiled anew each time.
+            self._prime(f"{label}, compiled", name, density, Run(self.case))
 
-    def _prime(self, name: str, density: float, own: Run | None = None) -> None:
+    def _prime(self, label: str, name: str, density: float, own: Run | None = None) -> None:
         """Run the dense steps that a method learns from, and its first sparse ones."""
         from gen_accel import apply
         from gen_accel.planner.calibrated import CalibratedPlanner
         from gen_accel.planner.window import WindowPlanner
 
-        label = name if len(self.case.densities) == 1 else f"{name} {density:g}"
         policy = self.case.policy(name, density)
-        if own is not None:
-            label += ", compiled"
         handle = apply(own or self.run, policy, profile=True, compile=own is not None)
         if own is None:
             handle.remove()

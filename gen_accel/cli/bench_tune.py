@@ -7,6 +7,8 @@ unbalanced lists of each band of densities; the fastest goes into ``tuned.json``
 from __future__ import annotations
 
 import argparse
+import itertools
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +37,7 @@ SUITES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    add(parser, "suite", "piece_limit", "again", "head_dims", "dtypes", "block", "seed")
+    add(parser, "suite", "limit", "piece_limit", "again", "head_dims", "dtypes", "block", "seed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--suite {args.suite}: times of a CPU must not ship; name a file with --out"
         )
-    import torch
-
+    from gen_accel.cli.bench_pieces import attempt, free_gpu
     from gen_accel.eval.files import write_text
     from gen_accel.eval.harness import result_row
     from gen_accel.kernels.triton import config as configs
@@ -55,26 +56,32 @@ def run(args: argparse.Namespace) -> int:
     entries = [] if args.again else configs.read(out)
     here = result_row("tune", "", 0.0, "ms", device=suite.device)
     about = {name: here[name] for name in ("device", "versions", "commit")}
-    good = True
-    for key in _keys(args, suite):
-        for band in configs.DENSITIES:
-            # What is known of a key and a band, whatever the rest of its entry says.
-            wanted = configs.entry(key, band, configs.candidates(key)[0])
-            if any(all(e[name] == wanted[name] for name in ("key", "density")) for e in entries):
-                continue
-            piece = _TunePiece(suite, key, band, args.seed)
-            with torch.no_grad():
-                piece.measure(args.piece_limit)
-            print(piece.text(), flush=True)
-            good &= not piece.wrong
-            if not piece.timings:
-                continue
-            name = min(piece.timings, key=lambda name: piece.timings[name].median)
-            milliseconds = 1e3 * piece.timings[name].median
+    ends = time.monotonic() + args.limit
+    good, left = True, 0
+    for key, band in itertools.product(_keys(args, suite), configs.DENSITIES):
+        # What is known of a key and a band, whatever the rest of its entry says.
+        wanted = configs.entry(key, band, configs.candidates(key)[0])
+        if any(all(e[name] == wanted[name] for name in ("key", "density")) for e in entries):
+            continue
+        if time.monotonic() >= ends:
+            left += 1
+            continue
+        make = partial(_TunePiece, suite, key, band, args.seed)
+        piece = attempt(make, args.piece_limit, f"{', '.join(map(str, key))}, up to {band:g}")
+        good &= piece is not None and not piece.wrong
+        timings = {} if piece is None else piece.timings
+        if piece is not None and timings:
+            milliseconds, name = min((1e3 * t.median, name) for name, t in timings.items())
             found = configs.entry(key, band, piece.configs[name], ms=milliseconds, **about)
             entries.append(found)
             write_text(out, configs.dump(entries))
+        del piece, timings
+        if not free_gpu():
+            good = False
+            break
     print(f"{out}: {len(entries)} entries")
+    if left:
+        print(f"not measured, time was up: {left}; run the command again")
     return 0 if good else 1
 
 

@@ -86,7 +86,7 @@ def test_a_run_is_extrapolated_from_its_kinds_of_steps(suite, tmp_path):
     assert config["run_x"] == pytest.approx(times * 20 * dense / expected)
 
 
-def test_only_what_is_missing_is_measured(suite, tmp_path, monkeypatch):
+def test_only_what_is_missing_is_measured(suite, tmp_path, monkeypatch, capsys):
     suite(replace(WAN, methods=("gna",)))
     assert bench(tmp_path, "--limit=0") == 0
     left = json.loads((tmp_path / "manifest.json").read_text())["pieces"]
@@ -97,13 +97,16 @@ def test_only_what_is_missing_is_measured(suite, tmp_path, monkeypatch):
     assert bench(tmp_path) == 0
     rows = read_rows(tmp_path / "results.jsonl")
     assert rows[: len(first)] == first and {row["kind"] for row in rows} == {"rate", "e2e"}
-    monkeypatch.setattr(bench_e2e, "_measure", None)  # would fail if it were called
+    monkeypatch.setattr(bench_e2e, "_measure", None)  # fails if it is called
     assert bench(tmp_path) == 0
     assert read_rows(tmp_path / "results.jsonl") == rows
     (tmp_path / "results.jsonl").unlink()
     append_rows(tmp_path / "results.jsonl", [{**row, "device": "another"} for row in rows])
-    with pytest.raises(TypeError):  # of another machine: not what is asked for
-        bench(tmp_path)
+    capsys.readouterr()
+    assert bench(tmp_path) == 1  # rows of another machine are not what is asked for
+    assert capsys.readouterr().out.count("FAILED: TypeError") == 2
+    states = json.loads((tmp_path / "manifest.json").read_text())["pieces"].values()
+    assert all(state.startswith("failed: TypeError") for state in states)
 
 
 def test_a_wrong_baseline_is_told_and_not_timed(suite, tmp_path, monkeypatch, capsys):

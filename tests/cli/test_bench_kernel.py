@@ -115,6 +115,32 @@ def test_a_fault_of_ours_is_not_an_absence(tiny, tmp_path, monkeypatch, capsys):
     assert "WRONG: RuntimeError: illegal memory access" in capsys.readouterr().out
 
 
+def test_a_piece_that_breaks_does_not_end_the_run(tiny, tmp_path, monkeypatch, capsys):
+    build = Piece.build
+
+    def scarce(piece):
+        if piece.part == "realistic 0.3":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(piece)
+
+    monkeypatch.setattr(Piece, "build", scarce)
+    page = tmp_path / "page.md"
+    assert bench(tmp_path, f"--table={page}") == 1
+    said = capsys.readouterr().out
+    assert "tiny, realistic 0.3\n  FAILED: OutOfMemoryError: CUDA out of memory" in said
+    parts = {row["config"]["part"] for row in read_rows(tmp_path / "r.jsonl")}
+    assert parts == {"dense", "around", "realistic 0.5", "uniform 0.3", "uniform 0.5"}
+    assert page.exists()
+
+
+def test_some_parts_alone(tiny, tmp_path, capsys):
+    assert bench(tmp_path, "--parts=dense,uniform") == 0
+    parts = {row["config"]["part"] for row in read_rows(tmp_path / "r.jsonl")}
+    assert parts == {"dense", "uniform 0.3", "uniform 0.5"}
+    assert main(["bench", "kernel", "--suite=tiny", "--parts=sparse"]) == 2
+    assert "'sparse' must be one of dense, realistic" in capsys.readouterr().err
+
+
 def test_what_is_not_installed_is_said(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gather, "missing", lambda: "nothing gathers here")
     assert bench(tmp_path) == 0
@@ -247,6 +273,10 @@ def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out == f"{out}: 4 entries\n"
+    out.unlink()
+    assert main([*command, "--limit=0"]) == 0
+    assert capsys.readouterr().out.endswith("time was up: 4; run the command again\n")
+    assert not out.exists()
 
 
 def test_rounds_fit_the_time_of_a_piece(monkeypatch):

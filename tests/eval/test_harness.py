@@ -124,3 +124,6 @@ def test_commit_of_a_package_that_is_no_clone(monkeypatch, tmp_path):
     harness.commit.cache_clear()
     monkeypatch.setattr(harness, "__file__", str(tmp_path / "eval" / "harness.py"))
     assert harness.commit() is None
+    harness.commit.cache_clear()
+    (tmp_path / ".commit").write_text("0123456789ab\n")  # a copy that was told
+    assert harness.commit() == "0123456789ab"
