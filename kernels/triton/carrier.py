@@ -30,6 +30,10 @@ def limits(call: Call) -> str | None:
     """What the kernel cannot do."""
     if call.q.device.type != "cuda" and not _interpreted():
         return f"tensors on {call.q.device.type}: move them to a GPU, or use impl='gather'"
+    capability = _capability(call.q.device)
+    if capability is not None and capability < (8, 0):
+        number = ".".join(map(str, capability))
+        return f"a GPU of capability {number}: it needs 8.0 (Ampere); use impl='gather'"
     dtype = call.compute or call.q.dtype
     if call.precision is not None:
         limit = _precision_limits(call)
@@ -84,7 +88,14 @@ def _precision_limits(call: Call) -> str | None:
 def _has_fp8(device: torch.device) -> bool:
     if device.type != "cuda":
         return True  # in the interpreter
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return (_capability(device) or (0, 0)) >= (8, 9)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def _block_limits(call: Call) -> str | None:

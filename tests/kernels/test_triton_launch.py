@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.carrier import Call
 from helpers.kernels import DEVICE
 
+from gen_accel.kernels.triton import carrier  # isort: skip
 from gen_accel.kernels.triton import config as configs  # isort: skip
 from gen_accel.kernels.triton import launch  # isort: skip
 
@@ -60,3 +63,10 @@ def test_a_density_is_asked_for_once_and_only_where_bands_differ(monkeypatch):
     blocks, right = blocks_of(128), Blocks.density
     monkeypatch.setattr(Blocks, "density", lambda self: (asked.append(1), right(self))[1])
     assert launch._density(blocks)() == launch._density(blocks)() == 1.0 and len(asked) == 2
+
+
+def test_gpus_before_ampere_are_declined(monkeypatch):
+    q = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    limit = carrier.limits(Call(q, q, q, None, 1.0))
+    assert limit == "a GPU of capability 7.5: it needs 8.0 (Ampere); use impl='gather'"
