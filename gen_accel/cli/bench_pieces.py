@@ -92,7 +92,13 @@ def free_gpu() -> bool:
 
 
 class Piece:
-    """Some candidates that are timed against each other."""
+    """Some candidates that are timed against each other.
+
+    Attributes:
+        absences: What a candidate raises that cannot run here; whatever else is a fault of ours.
+    """
+
+    absences: tuple[type[Exception], ...] = (ValueError, ImportError)
 
     def __init__(self, suite: Suite, case: Case, part: str, seed: int) -> None:
         import torch
@@ -255,7 +261,7 @@ class Piece:
                     result = candidate.run()
             except Exception as reason:
                 # What is not installed or not made for this device may be absent; a fault may not.
-                absent = isinstance(reason, (ValueError, ImportError)) or not candidate.ours
+                absent = isinstance(reason, self.absences) or not candidate.ours
                 (self.absent if absent else self.wrong)[candidate.name] = told(reason)
                 continue
             error = candidate.error(result)

@@ -244,7 +244,9 @@ class Steps:
 
     def _set_backend(self, transformer: Any, name: str) -> None:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+        from diffusers.utils import logging
 
+        logging.set_verbosity_error()  # each time: that backends are an experimental feature
         before = registry._active_backend
         transformer.set_attention_backend(name)
         registry._active_backend = before  # diffusers would switch every model's

@@ -121,9 +121,11 @@ class _TunePiece(Piece):
     def build(self) -> list[Candidate]:
         """One candidate per configuration."""
         import torch
+        from triton.runtime.errors import OutOfResources
 
         from gen_accel.kernels.triton.config import candidates
 
+        self.absences = (*self.absences, OutOfResources)  # shared memory is but estimated
         if self.key.dtype == "fp16":
             self.q, self.k, self.v = (x.to(torch.float16) for x in (self.q, self.k, self.v))
         density = float(self.part.split()[1])
