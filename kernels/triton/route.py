@@ -50,10 +50,10 @@ def _route_kernel(
     if HAS_BETA:
         finite = real & (score < float("inf"))
         number = tl.maximum(tl.sum(finite.to(tl.float32), 0), 1.0)
-        # Rounded well: in a row of equal scores none may come out above the mean.
+        # Rounded to nearest: in a row of equal scores none may come out above the mean.
         mean = tl.div_rn(tl.sum(tl.where(finite, score, 0.0), 0), number)
         away = tl.where(finite, score - mean, 0.0)
-        std = tl.sqrt_rn(tl.div_rn(tl.sum(away * away, 0), number))
+        std = tl.sqrt(tl.sum(away * away, 0) / number)
         chosen |= real & (score > mean + beta * std)
 
     if HAS_FORCED:

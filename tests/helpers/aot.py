@@ -179,6 +179,7 @@ def report(name, capability):
         "spills": int(spills[1]) + int(spills[2]),
         "shared": compiled.metadata.shared,
         "wgmma": "wgmma" in compiled.asm["ptx"],
+        "div_rn": "div.rn.f32" in compiled.asm["ptx"],
     }
 
 

@@ -30,4 +30,6 @@ def test_compiles_without_spills(capability):
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255, row
         assert row["shared"] <= SHARED[capability], row
+        # A mean that is rounded otherwise lies below some rows of equal scores.
+        assert row["div_rn"] or row["kernel"] not in ("route", "route, beta"), row
         assert row["wgmma"] == (capability == 90 and row["kernel"].startswith("mass")), row
