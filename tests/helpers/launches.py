@@ -10,9 +10,9 @@ Run as a script, without the interpreter: ``python tests/helpers/launches.py``.
 import itertools
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import compiler
 from triton.runtime import driver, jit
 
 from triton._C.libtriton import ir  # isort: skip
@@ -51,8 +51,8 @@ def launch(kernel, *args, grid, warmup, **kwargs):
 
 
 driver.set_active(Driver())
-run, jit.JITFunction.run, compiler.compile = jit.JITFunction.run, launch, compile_types
-__import__("triton.compiler").compiler.compile = compile_types
+run, jit.JITFunction.run = jit.JITFunction.run, launch
+triton.compiler.compile = compile_types
 
 from gen_accel.kernels import operands as definition  # noqa: E402
 from gen_accel.kernels.blocks import Blocks  # noqa: E402
