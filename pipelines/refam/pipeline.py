@@ -270,7 +270,7 @@ class RefAMPipeline(DiffusionPipeline):
         at = backbone.frames(grid, len(frames))
         size = (frames.shape[2], frames.shape[3])
         spread = choice.blur if blur is None else blur
-        head = next(i for i, w in enumerate(answers[0].content) if w.head or i == 0)
+        head = next((i for i, w in enumerate(answers[0].content) if w.head), 0)
         joined = aggregate(maps, head, aggregation)
         heatmap = to_pixels(_stretch(joined), grid, at, size, spread).cpu()
         pixels = to_pixels(maps, grid, at, size, spread).cpu()
@@ -415,7 +415,8 @@ def answer(
     maps = word_shares(reading, [table[i] for i in content], direction=direction, drop=drop)
     mean = maps.mean(0)
     rest = [i for i in range(len(words)) if i not in content]
-    share = word_shares(reading, [table[i] for i in rest], drop=drop) if rest else maps[:0]
+    texts_out = drop if direction != "rows" else []  # there it counts video tokens
+    share = word_shares(reading, [table[i] for i in rest], drop=texts_out) if rest else maps[:0]
     sizes = torch.tensor([len(table[i]) for i in rest], dtype=share.dtype, device=share.device)
     names = [_name(s, reading.grid, table, words) for s in found]
     return Answer(

@@ -1,5 +1,7 @@
 """RefAM end to end on tiny random pipelines and on the trained toy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gen_accel.eval.world.render import render
 from gen_accel.eval.world.scene import TOY, sample_scene
 from gen_accel.pipelines.refam import pipeline as module
 from gen_accel.pipelines.refam.backbone import Backbone
+from gen_accel.pipelines.refam.expression import make_prompt
 from gen_accel.pipelines.refam.heatmap import word_shares
 from gen_accel.pipelines.refam.pipeline import choose, ground_video
 from gen_accel.pipelines.refam.reading import read
@@ -159,6 +162,32 @@ def test_choices_by_model_and_by_name(toy):
         and list(other.heads) == [2, 3, 4]
     )
     assert list(choose(pipe.transformer, [0, -1]).heads) == [0, 8]
+
+
+def test_the_head_noun_counts_twice(monkeypatch):
+    heads = []
+    plain = module.aggregate
+    monkeypatch.setattr(
+        module, "aggregate", lambda m, h, how: (heads.append(h), plain(m, h, how))[1]
+    )
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    refam(image=picture(), expression="the red ball", aggregation="head", **ROOM)
+    assert set(heads) == {1}, "ball, not red"
+
+
+def test_sinks_in_the_video_are_no_tokens_of_the_text():
+    backbone = Backbone(tiny.tiny_flux()[0], **ROOM)
+    latents = backbone.encode(torch.rand(1, 1, 3, 64, 96))
+    prompt = make_prompt("the red ball", magnets=("is",))
+    reading = read(backbone, latents, [prompt.text], heads={0: None}, joint=False)
+    sinks = reading.sinks.clone()
+    sinks[:, :4] = True
+    clean, sunk = (
+        module.answer(backbone, r, prompt, direction="rows")
+        for r in (reading, replace(reading, sinks=sinks))
+    )
+    assert len(sunk.sinks) == 4 and not torch.equal(sunk.maps, clean.maps)
+    assert sunk.stop_share == clean.stop_share
 
 
 def test_one_words_attention_decides(toy, scene, monkeypatch):
