@@ -141,6 +141,6 @@ def _heaviest(ranked: Tensor, density: float) -> Tensor:
     """One budget per sample; every row keeps its heaviest block."""
     ranked = ranked.scatter(-1, ranked.argmax(-1, True), 3.0)
     flat = ranked.flatten(1)
-    keep = max(1, round(density * flat.shape[1]))
+    keep = max(flat.shape[1] // ranked.shape[-1], round(density * flat.shape[1]))
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     return chosen.scatter_(-1, flat.topk(keep, -1).indices, True).view_as(ranked)

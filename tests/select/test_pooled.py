@@ -48,6 +48,11 @@ def test_forced_blocks_come_on_top_or_count():
     assert within.gather(-1, rest).all()
 
 
+def test_a_layer_budget_below_one_block_a_row_still_leaves_each_row_one():
+    chosen = choose_blocks(scores(), PooledSetting(neighbours=False, budget="layer"), 0.02)
+    assert (chosen.sum(-1) == 1).all()
+
+
 def test_a_layer_budget_goes_where_the_mass_is():
     given = scores(heads=2)
     given.video[:, 1] = 0.09  # the second head is flat
