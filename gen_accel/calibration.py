@@ -202,7 +202,15 @@ class _Watcher:
             raise ValueError(
                 "calibrate() needs a pipeline with a scheduler, not a bare transformer"
             )
-        if self.recorder is None or self.steps != context.steps:
+        if self.recorder is not None and (self.recorder.grid, self.steps) != (
+            layout.grid,
+            context.steps,
+        ):
+            raise ValueError(
+                f"grid {layout.grid} in {context.steps} steps, after {self.recorder.grid} in "
+                f"{self.steps}: a plan is for one grid and number of steps; make one for each"
+            )
+        if self.recorder is None:
             self.steps = context.steps
             self._first_sparse = self.engine.schedule.dense_step_count(context.steps)
             self._of_step = step_groups(context.steps, self._first_sparse, self.groups)

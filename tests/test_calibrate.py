@@ -107,6 +107,13 @@ def test_bad_input(prompts, changes, message):
     assert all(type(p) is WanAttnProcessor for p in pipe.transformer.attn_processors.values())
 
 
+@pytest.mark.parametrize("own", [dict(num_frames=9), dict(num_inference_steps=3)], ids=str)
+def test_runs_that_no_plan_can_be_for_together(own):
+    pipe, prompt, call = make(tiny.tiny_wan)
+    with pytest.raises(ValueError, match="a plan is for one grid and number of steps"):
+        calibrate(pipe, [{"prompt": prompt}, {"prompt": prompt, **own}], **call)
+
+
 def test_nan_in_the_model_is_named():
     pipe, prompt, call = make(tiny.tiny_wan)
     torch.nn.init.constant_(pipe.transformer.blocks[1].attn1.to_q.bias, float("nan"))
