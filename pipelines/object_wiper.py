@@ -271,7 +271,10 @@ def _inputs(video: Any, mask: Any) -> tuple[Tensor, Tensor]:
         video = np.stack([np.asarray(image.convert("RGB")) for image in video]).transpose(
             0, 3, 1, 2
         )
-    pixels = torch.stack(video) if isinstance(video, list) else torch.as_tensor(video)
+    if isinstance(video, list):
+        pixels = torch.stack([torch.as_tensor(frame) for frame in video])
+    else:
+        pixels = torch.as_tensor(video)
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     pixels = pixels[None] if pixels.ndim == 4 else pixels
     if pixels.ndim != 5 or pixels.shape[2] != 3:

@@ -8,7 +8,7 @@ from gen_accel import ParoProcessor, SparseProcessor, apply
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.pipelines.effects import EffectSetting, WordMaps, find_effects, outside, response
 from gen_accel.pipelines.flow import VideoFlow
-from gen_accel.pipelines.object_wiper import ObjectWiperPipeline
+from gen_accel.pipelines.object_wiper import ObjectWiperPipeline, _inputs
 from gen_accel.pipelines.probe import Call as Seen
 from gen_accel.pipelines.remover import Remover
 from gen_accel.pipelines.surgery import Scaling, Surgery
@@ -367,6 +367,13 @@ def test_bad_input_is_one_clear_line(made, change, message):
     with pytest.raises(ValueError, match=message) as error:
         wiper(**given)
     assert "\n" not in str(error.value)
+
+
+def test_frames_may_be_a_list_of_arrays():
+    frames = torch.rand(5, 3, 8, 8)
+    mask = torch.eye(8, dtype=torch.bool)
+    for given in (list(frames), list(frames.numpy())):
+        assert torch.equal(_inputs(given, mask)[0], frames[None])
 
 
 def test_other_pipelines_are_refused():
