@@ -59,9 +59,9 @@ class DirectCalls:
                 "use gen_accel.apply(pipe, ...)"
             )
         match = processor_for(attn, encoder_hidden_states, attention_mask, rope)
-        match.stock._attention_backend = self._policy._attention_backend
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, rope)
         if match.processor is None:
+            match.stock._attention_backend = self._policy._attention_backend
             # A stock processor without RoPE (a token refiner's) has no place for it either.
             return match.stock(*(arguments if rope is not None else arguments[:-1]))
         if attn not in self._processors:
@@ -70,6 +70,8 @@ class DirectCalls:
             )
             self._engine.layers += 1
             self._planner.layers += 1
+        # It may have changed since the module was first met.
+        self._processors[attn]._attention_backend = self._policy._attention_backend
         context = ForwardContext()
         try:
             context.layout = match.processor.layout(

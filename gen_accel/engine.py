@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import dense, natten
+from gen_accel.families.base import argument
 from gen_accel.kernels.api import block_sparse_attention, choose, emulates, orders, require_finite
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.prepare import AxisPlaces
@@ -125,6 +126,14 @@ class Engine:
         self._timesteps: Any = None
         self._reason: str | None = None
         self._said: set[str] = set()
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied transformer has an engine of its own, which its compiled blocks must find.
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
         self._number = next(_numbers)
         _engines[self._number] = self
 
@@ -157,7 +166,7 @@ class Engine:
             fresh = scheduler.timesteps is not self._timesteps
             self._timesteps = scheduler.timesteps
         else:
-            context.sigma = _timestep(args, kwargs) / 1000
+            context.sigma = _timestep(module, args, kwargs) / 1000
             fresh = previous.sigma is None or context.sigma > previous.sigma
         if fresh:
             context.run += 1
@@ -419,9 +428,9 @@ def _step_index(scheduler: Any) -> int:
     return 0
 
 
-def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _timestep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Timestep of a forward, for a transformer without a pipeline; one device sync per forward."""
-    value = kwargs.get("timestep", args[1] if len(args) > 1 else 0.0)
+    value = argument(module, args, kwargs, "timestep")
     return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
