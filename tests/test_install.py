@@ -1,4 +1,6 @@
+import copy
 import gc
+import inspect
 import logging
 import weakref
 
@@ -13,9 +15,17 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from gen_accel import AttentionPlan, ParoProcessor, apply, calibrate
+from gen_accel import (
+    AttentionPlan,
+    GnaProcessor,
+    ParoProcessor,
+    SparseProcessor,
+    apply,
+    calibrate,
+)
 from gen_accel.plan import PlanError
 from gen_accel.planner import calibrated
+from gen_accel.planner.base import Lists
 from helpers import tiny
 from helpers.tiny import PIPES
 
@@ -292,6 +302,69 @@ def test_lists_beyond_the_budget_are_made_anew(monkeypatch):
     with apply(pipe, paro()) as handle:
         assert torch.equal(tiny.run(pipe, **call), expected)
         assert len(handle.components[0].planner._lists) == 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [paro(), GnaProcessor(min_tokens=0, block=16), SparseProcessor(select="all", min_tokens=0)],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_lists_of_other_prompts_are_let_go(policy):
+    pipe, call = setup(tiny.tiny_hunyuan, steps=3)
+    handle = apply(pipe, policy)
+    planner = handle.components[0].planner
+    lists = next(x for x in vars(planner).values() if isinstance(x, Lists))
+    tiny.run(pipe, **{**call, "prompt": "a"})
+    tiny.run(pipe, **{**call, "prompt": "a"})
+    count, kept = len(lists), {id(made) for made in lists.values()}
+    tiny.run(pipe, **{**call, "prompt": "a"})
+    assert kept == {id(made) for made in lists.values()}, "the same prompt finds its lists"
+    for prompt in ("a b c", "a b c d e", "a b c d e f g"):
+        tiny.run(pipe, **{**call, "prompt": prompt})
+        assert len(lists) == count > 0
+
+
+def test_a_copied_transformer_runs_on_its_own():
+    torch._dynamo.reset()
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, paro())
+    expected = tiny.run(pipe, **call)
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    handle.remove()
+    del handle
+    gc.collect()  # its engine must not be needed
+    for block in pipe.transformer.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(tiny.run(pipe, **call), expected, atol=1e-5, rtol=1e-5)
+    assert pipe.transformer._gen_accel.engine.stats.sparse == 16
+
+
+def test_a_bare_transformer_finds_its_timestep_by_position():
+    pipe, call = setup(tiny.tiny_flux)
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    tiny.run(pipe, **call)
+    hook.remove()
+    handle = apply(pipe.transformer, paro())
+    names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+    first = seen[0] | {"controlnet_block_samples": None, "controlnet_single_block_samples": None}
+    positional = [first.pop(name) for name in names[: names.index("timestep") + 1]]
+    with torch.no_grad():
+        pipe.transformer(*positional, **first)
+    assert handle.components[0].engine.context.sigma == float(seen[0]["timestep"][0]) / 1000
+
+
+def test_set_directly_follows_the_backend():
+    pipe, call = setup(tiny.tiny_wan)
+    policy = paro(grid=(5, 4, 6), min_tokens=1 << 20)
+    pipe.transformer.set_attn_processor(policy)
+    tiny.run(pipe, **call)
+    pipe.transformer.set_attention_backend("_native_math")
+    tiny.run(pipe, **call)
+    backends = {p._attention_backend for p in policy._direct._processors.values()}
+    assert [b.value for b in backends] == ["_native_math"]
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_wan, tiny.tiny_hunyuan, tiny.tiny_flux])

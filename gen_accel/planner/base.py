@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,30 @@ class Windowed(NamedTuple):
 
     windows: list[Window]
     density: float
+
+
+class Lists(dict[Any, Any]):
+    """What a planner made for one grid, kept while runs ask for the text lengths of those before.
+
+    Every length has lists of its own; those of all prompts ever seen would fill the memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layouts: set[TokenLayout] = set()
+        self._run = -1
+
+    def begin(self, context: ForwardContext) -> None:
+        """Once per forward: let go of what belongs to another grid, or to other prompts."""
+        layout, run = context.layout, context.run
+        if layout is None:
+            return
+        other_grid = any(known.grid != layout.grid for known in self._layouts)
+        if other_grid or (run != self._run and layout not in self._layouts):
+            self.clear()
+            self._layouts.clear()
+            self._run = run
+        self._layouts.add(layout)
 
 
 class Planner(Protocol):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan, PlanError
-from gen_accel.planner.base import CALIBRATING, Planned
+from gen_accel.planner.base import CALIBRATING, Lists, Planned
 from gen_accel.recorder import Measurement, Recorder
 from gen_accel.schedule import Schedule
 
@@ -53,7 +51,7 @@ class CalibratedPlanner:
         self._sigma: float | None = None
         self._watch: str | None = None
         self._made: dict[TokenGrid, tuple[Recorder, ComponentPlan]] = {}
-        self._lists: dict[Any, Blocks] = {}
+        self._lists = Lists()
 
     @property
     def component(self) -> ComponentPlan:
@@ -73,6 +71,7 @@ class CalibratedPlanner:
 
     def begin(self, context: ForwardContext) -> None:
         """Bring the plan for this grid, or decide what this forward has to show for one."""
+        self._lists.begin(context)
         self._watch = None
         self._sigma = context.sigma
         layout = context.layout
@@ -149,7 +148,6 @@ class CalibratedPlanner:
             component = ComponentPlan(self.model, sigmas=(0.0,))
             self._made[layout.grid] = Recorder(layout, self.measurement), component
         self.recorder = self._made[layout.grid][0]
-        self._lists.clear()
 
     def _finish_layers(self) -> None:
         assert self.recorder is not None

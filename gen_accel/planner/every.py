@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenLayout
 from gen_accel.order.raster import RasterOrder
 from gen_accel.plan import default_block_size
-from gen_accel.planner.base import Planned
+from gen_accel.planner.base import Lists, Planned
 
 
 class EveryPlanner:
@@ -25,16 +23,17 @@ class EveryPlanner:
     def __init__(self, block: int | None = None, layers: int = 0) -> None:
         self.block = block
         self.layers = layers
-        self._made: dict[Any, Blocks] = {}
+        self._made = Lists()
 
     def begin(self, context: ForwardContext) -> None:
-        """Nothing to prepare."""
+        """Forget the lists of another grid, and of other prompts."""
+        self._made.begin(context)
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
     ) -> Planned:
         """See `Planner.lookup`."""
-        key = layout.grid, layout.text, text, device
+        key = layout.text, text, device
         if key not in self._made:
             block = self.block or default_block_size(layout.grid)
             keys = layout.grid.numel + text

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.order.tile import TileOrder
-from gen_accel.planner.base import Planned, Windowed
+from gen_accel.planner.base import Lists, Planned, Windowed
 from gen_accel.select.gna import gna_plan, head_windows
 from gen_accel.select.suggest import fitting_tile, suggest
 from gen_accel.select.window import Window
@@ -117,14 +117,11 @@ class WindowPlanner:
         self.setting = setting
         self.layers = layers
         self.lists = lists
-        self._grid: TokenGrid | None = None
-        self._planned: dict[Any, Planned | Windowed] = {}
+        self._planned = Lists()
 
     def begin(self, context: ForwardContext) -> None:
-        """Forget the lists of another grid."""
-        if context.layout is not None and context.layout.grid != self._grid:
-            self._grid = context.layout.grid
-            self._planned.clear()
+        """Forget the lists of another grid, and of other prompts."""
+        self._planned.begin(context)
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None
