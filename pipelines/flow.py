@@ -127,8 +127,10 @@ class VideoFlow:
         """The transformer's text arguments, padding that all prompts share cut off."""
         dtype = self.pipe.transformer.dtype
         if self.family.name == "wan":  # its padding is attended to
+            # The default of the pipeline's call; that of encode_prompt alone is 226.
+            options = {"max_sequence_length": 512, **self.options}
             embeds, _ = self.pipe.encode_prompt(
-                prompts, do_classifier_free_guidance=False, device=self.device, **self.options
+                prompts, do_classifier_free_guidance=False, device=self.device, **options
             )
             return {"encoder_hidden_states": embeds.to(dtype)}
         embeds, pooled, mask = self.pipe.encode_prompt(prompts, device=self.device, **self.options)

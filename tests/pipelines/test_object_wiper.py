@@ -1,5 +1,7 @@
 """Object-WIPER: invariants on random weights, planted attention, and what it refuses."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -367,6 +369,13 @@ def test_bad_input_is_one_clear_line(made, change, message):
     with pytest.raises(ValueError, match=message) as error:
         wiper(**given)
     assert "\n" not in str(error.value)
+
+
+def test_text_is_as_long_as_the_pipelines_call_makes_it():
+    pipe = tiny_wan()[0]
+    wanted = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    assert VideoFlow(pipe).text(["a"])["encoder_hidden_states"].shape[1] == wanted
+    assert VideoFlow(pipe, max_sequence_length=9).text(["a"])["encoder_hidden_states"].shape[1] == 9
 
 
 def test_frames_may_be_a_list_of_arrays():
