@@ -207,14 +207,11 @@ class AttentionPlan:
         header["digest"] = _digest(header, tensors)
         path = Path(path)
         data = save(tensors, metadata={FORMAT: json.dumps(header)})
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                file.write(data)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        # A temporary file would be its owner's alone; one in a temporary folder is like any other.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            scratch = Path(folder) / path.name
+            scratch.write_bytes(data)
+            os.replace(scratch, path)
         return path
 
     def _version(self) -> int:

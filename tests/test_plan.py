@@ -85,6 +85,13 @@ def test_plan_of_another_model_is_refused():
         plan.check({"transformer_2": "x"})
 
 
+def test_a_file_is_readable_as_any_other(tmp_path):
+    path = make_plan().save(tmp_path / "plan.safetensors")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "plan.safetensors"]
+
+
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match="gen-accel calibrate"):
         AttentionPlan.load("/nowhere/plan.safetensors")
