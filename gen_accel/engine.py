@@ -77,6 +77,7 @@ class Engine:
         schedule: Which calls stay dense.
         planner: Orders and block lists of the others.
         layout_of: Family's layout function.
+        pure_noise: Timestep of noise level 1; asked where no scheduler says the level.
         scheduler: Returns the pipeline's scheduler, or None for a bare transformer.
         tail: What stands in for hidden blocks.
         precision: Numbers the carrier computes in; ``"auto"``: what the plan says, else
@@ -96,6 +97,7 @@ class Engine:
         schedule: Schedule,
         planner: Planner,
         layout_of: LayoutOf | None = None,
+        pure_noise: float = 1000.0,
         scheduler: Callable[[], Any] | None = None,
         tail: TailSetting | None = None,
         precision: str = "auto",
@@ -122,6 +124,7 @@ class Engine:
         self._densities: dict[tuple[int | None, int], Tensor] = {}
         self._known: weakref.WeakKeyDictionary[Blocks, float] = weakref.WeakKeyDictionary()
         self._layout_of = layout_of
+        self._pure_noise = pure_noise
         self._scheduler = scheduler
         self._timesteps: Any = None
         self._reason: str | None = None
@@ -166,7 +169,7 @@ class Engine:
             fresh = scheduler.timesteps is not self._timesteps
             self._timesteps = scheduler.timesteps
         else:
-            context.sigma = _timestep(module, args, kwargs) / 1000
+            context.sigma = _timestep(module, args, kwargs) / self._pure_noise
             fresh = previous.sigma is None or context.sigma > previous.sigma
         if fresh:
             context.run += 1

@@ -250,6 +250,7 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False, compile: bool 
             layers=len(taken),
             planner=planner,
             layout_of=family.layout,
+            pure_noise=family.pure_noise,
             scheduler=scheduler,
             **processor.engine_settings(),
             profile=profile,

@@ -353,7 +353,7 @@ def test_a_bare_transformer_finds_its_timestep_by_position():
     positional = [first.pop(name) for name in names[: names.index("timestep") + 1]]
     with torch.no_grad():
         pipe.transformer(*positional, **first)
-    assert handle.components[0].engine.context.sigma == float(seen[0]["timestep"][0]) / 1000
+    assert handle.components[0].engine.context.sigma == float(seen[0]["timestep"][0]) == 1.0
 
 
 def test_set_directly_follows_the_backend():

@@ -171,6 +171,7 @@ class Family:
         kept: Stock processor class name -> why it always stays.
         shards: Transformer -> how context parallelism splits it, for
             ``enable_parallelism(cp_plan=...)``; None is diffusers' own plan.
+        pure_noise: The transformer's timestep at noise level 1.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Family:
     path: TokenPath
     kept: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[nn.Module], dict[str, Any] | None] = lambda transformer: None
+    pure_noise: float = 1000.0
 
     def keep(self, name: str, module: nn.Module) -> str | None:
         """Why attention module ``name`` must stay stock, or None to take it."""

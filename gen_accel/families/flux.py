@@ -140,4 +140,5 @@ FAMILY = Family(
         arguments={"controlnet_block_samples": 1, "controlnet_single_block_samples": 1},
     ),
     kept={"FluxIPAdapterAttnProcessor": "IP-Adapter"},
+    pure_noise=1.0,  # the pipeline divides by 1000 itself
 )
