@@ -1,12 +1,16 @@
-"""Tables of numbers in the documents say what the committed result rows say, cell by cell."""
+"""What the documents say: numbers are those of the committed rows, commands parse, names exist."""
 
+import ast
+import importlib
 import json
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from gen_accel.cli import main as cli
 from gen_accel.cli.bench_wipe import BEGIN as WIPE_BEGIN
 from gen_accel.cli.bench_wipe import END as WIPE_END
 from gen_accel.cli.e2e_page import BEGIN, END, e2e_tables, newest
@@ -269,3 +273,60 @@ def test_rows_say_on_which_code_and_machine_they_were_measured():
             row = json.loads(line)
             commit = row["commit"] or row["config"].get("code", "")
             assert re.fullmatch(r"[0-9a-f]{7,40}\+?", commit) and row["device"], path
+
+
+WITH_CODE = [
+    *PAGES,
+    "CHANGELOG.md",
+    *(str(p.relative_to(ROOT)) for p in ROOT.glob("models/*/*.md")),
+]
+
+
+def commands(page):
+    """Every ``gen-accel`` command of a page, in fences and in running text."""
+    text = (ROOT / page).read_text()
+    lines = []
+    for fence in re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        lines += fence.replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    for line in lines:
+        found = re.search(r"(?:\bgen-accel|-m gen_accel) ([a-z].*)", line)
+        if found and not re.match(r"\s*(pip|git|from|import) ", line):
+            words = shlex.split(found[1].replace("NAME", "e2e"), comments=True)
+            if words[-1] == "...":
+                words.pop()
+            # A name alone is a mention: it has to exist, not to be complete.
+            yield words if len(words) > 1 else [*words, "--help"]
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_every_documented_command_parses(page, monkeypatch, capsys):
+    for name in cli.COMMANDS:
+        monkeypatch.setattr(f"gen_accel.cli.{name}.run", lambda args: 0)
+    for words in commands(page):
+        try:
+            code = cli.main(words)
+        except SystemExit as end:  # --help, --version
+            code = end.code
+        assert code == 0, f"{page}: gen-accel {shlex.join(words)}: {capsys.readouterr().err}"
+
+
+def test_a_documented_command_with_an_unknown_option_would_be_found(monkeypatch):
+    monkeypatch.setattr("gen_accel.cli.generate.run", lambda args: 0)
+    assert cli.main(["generate", "--densty", "0.3"]) == 2
+    assert sum(len(list(commands(page))) for page in WITH_CODE) > 30
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_python_in_the_documents_compiles_and_imports_what_exists(page):
+    text = (ROOT / page).read_text()
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{page}: {node.module}.{alias.name}"
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
