@@ -260,6 +260,17 @@ def test_the_tables_of_whole_steps_are_rendered_from_their_rows():
     assert between == written
 
 
+def test_the_readme_says_what_whole_steps_took():
+    page = (ROOT / "docs" / "benchmarks.md").read_text().split(BEGIN)[1]
+    said = {}
+    for name in ("paro", "gna", "sparse"):  # the first table: 20,160 tokens
+        said[name] = float(re.search(rf"^\| {name} \|[^|]*\| ([\d.]+) \|", page, re.MULTILINE)[1])
+    expected = "{paro:.1f} times (PARO), {gna:.1f} times (GNA) and {sparse:.1f} times".format(
+        **said
+    )
+    assert expected in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_tables_of_wiping_are_rendered_from_their_rows():
     page = (ROOT / "docs" / "object_wiper.md").read_text()
     between = page.split(WIPE_BEGIN)[1].split(WIPE_END)[0].strip()
