@@ -82,7 +82,7 @@ def _devices() -> list[str]:
 
     import torch
 
-    devices = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu_name()}"]
+    devices = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()}, {_cpu_name()}"]
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
         memory = facts.total_memory / 2**30

@@ -114,6 +114,11 @@ def dotted(
             if word.startswith("-"):
                 name = word.lstrip("-").partition("=")[0]
                 hint = nearest(name, names, flag)
+                if "processor" in sections:
+                    from gen_accel.cli.pipeline import processor_settings
+
+                    if name.replace("-", "_") in processor_settings():
+                        hint = f"write processor.{name.replace('-', '_')}=VALUE"
                 raise UsageError(f"unknown option --{name}; {hint}")
             raise UsageError(f"{word!r}: options are --name value or section.name=value")
         section, key, value = match.groups()

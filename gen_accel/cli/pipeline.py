@@ -57,6 +57,12 @@ def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> Pol
     return processor
 
 
+def processor_settings() -> set[str]:
+    """Every setting that some processor takes."""
+    kinds = (getattr(gen_accel, name) for name in PROCESSORS.values())
+    return {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+
+
 def _check_type(name: str, value: Any, annotation: str) -> None:
     """Values come from YAML, where ``0.2x`` is a string; simple fields say what they hold."""
     if annotation not in _KINDS:

@@ -115,3 +115,9 @@ def test_doctor_as_json(capsys):
     assert set(facts["carriers"]) == set(available())
     for name, reason in available().items():
         assert facts["carriers"][name] == (reason or "available")
+
+
+def test_a_setting_given_as_an_option_is_told_how_to_write_it(capsys):
+    code, _, err = run(capsys, "generate", "--density", "0.3")
+    assert code == 2
+    assert err == "gen-accel: error: unknown option --density; write processor.density=VALUE\n"
