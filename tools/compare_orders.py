@@ -62,7 +62,7 @@ class Capture:
                 pipe(prompt=prompt, generator=generator, output_type="latent", **call)
         return self
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
+    def observe(self, layer: int, q: Tensor, k: Tensor, layout: TokenLayout) -> None:
         """Add one attention call."""
         recorder = Recorder(layout, self.measurement)
         self.block, self.candidates, video = recorder.block, recorder.candidates, layout.grid.numel
@@ -108,7 +108,7 @@ def kept(
     return sum(shares) / len(shares)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run both sets of prompts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--block", type=int)
     parser.add_argument("--call", type=json.loads, default={}, help="more pipeline arguments, JSON")
     parser.add_argument("--out", help="JSON lines are appended here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pipe = DiffusionPipeline.from_pretrained(args.model)
     call = {"num_inference_steps": args.num_inference_steps, **args.call}
     seen = Capture(args.densities, args.block, args.every).run(pipe, args.prompts, call, seed=0)
@@ -149,7 +149,15 @@ def main() -> None:
                 "mass kept on held-out runs",
                 value,
                 "share",
-                config={"choice": name, "density": density, "block": seen.block},
+                config={
+                    "choice": name,
+                    "density": density,
+                    "block": seen.block,
+                    "every": args.every,
+                    "prompts": args.prompts,
+                    "held_out": args.held_out,
+                    "call": call,
+                },
                 model=args.model,
             )
             for name, values in table.items()
