@@ -290,5 +290,5 @@ def test_unwritable_outputs_are_refused_before_the_model_is_loaded(capsys, check
 
 
 def test_bench_refuses_a_head_dim_of_zero(capsys):
-    message = refused(capsys, "bench", "--head-dims=0", "--tokens=256", "--repeats=1")
+    message = refused(capsys, "bench", "attention", "--head-dims=0", "--tokens=256", "--repeats=1")
     assert "--head-dims" in message and "'0' must be a positive" in message
