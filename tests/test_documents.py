@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from gen_accel.cli import main as cli
-from gen_accel.cli.bench_wipe import BEGIN as WIPE_BEGIN
-from gen_accel.cli.bench_wipe import END as WIPE_END
-from gen_accel.cli.e2e_page import BEGIN, END, e2e_tables, newest
-from gen_accel.cli.wipe_table import tables as wipe_tables
+from gen_accel.cli.bench.e2e_page import BEGIN, END, e2e_tables, newest
+from gen_accel.cli.bench.wipe import BEGIN as WIPE_BEGIN
+from gen_accel.cli.bench.wipe import END as WIPE_END
+from gen_accel.cli.bench.wipe_table import tables as wipe_tables
 from gen_accel.eval.harness import read_rows
 
 ROOT = Path(__file__).parents[1]

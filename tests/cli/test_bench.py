@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from gen_accel.cli import bench, bench_attention, bench_masks
+from gen_accel.cli import bench
+from gen_accel.cli.bench import attention, masks
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 from gen_accel.kernels import flex, gather
@@ -79,8 +80,8 @@ def test_threads_are_put_back(capsys):
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 1.0])
 def test_masks_have_the_density(density):
     generator = torch.Generator().manual_seed(0)
-    uniform = bench_masks.uniform_mask(4, 64, density, generator)
-    calibrated = bench_masks.calibrated_mask(4, 64, density, generator)
+    uniform = masks.uniform_mask(4, 64, density, generator)
+    calibrated = masks.calibrated_mask(4, 64, density, generator)
     for mask in (uniform, calibrated):
         assert mask.shape == (1, 4, 64, 64)
         assert float(mask.float().mean()) == pytest.approx(density, abs=1e-3)
@@ -94,16 +95,16 @@ def test_masks_have_the_density(density):
 
 @pytest.mark.parametrize("tokens", [1, 7, 250, 8192, 17550])
 def test_grids_hold_all_tokens(tokens):
-    assert bench_attention.cubic_grid(tokens).numel == tokens
+    assert attention.cubic_grid(tokens).numel == tokens
 
 
 def test_the_grid_is_cubic_where_it_can_be():
-    assert bench_attention.cubic_grid(8192) == TokenGrid(16, 16, 32)
+    assert attention.cubic_grid(8192) == TokenGrid(16, 16, 32)
 
 
 def test_without_a_name_it_is_attention(monkeypatch):
     asked = []
-    monkeypatch.setattr(bench_attention, "run", lambda args: asked.append(args) or 0)
+    monkeypatch.setattr(attention, "run", lambda args: asked.append(args) or 0)
     assert main(["bench"]) == 0
     (args,) = asked
     assert args.what == "attention" and args.head_dims == (64, 128) and args.tokens == 8192

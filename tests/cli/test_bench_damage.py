@@ -1,6 +1,6 @@
 import pytest
 
-from gen_accel.cli.bench_damage import BEGIN, END
+from gen_accel.cli.bench.damage import BEGIN, END
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gen_accel.cli import bench_e2e, bench_steps
-from gen_accel.cli.bench_e2e import Case, Suite, _tiny
-from gen_accel.cli.e2e_page import front
+from gen_accel.cli.bench import e2e, e2e_steps
+from gen_accel.cli.bench.e2e import Case, Suite, _tiny
+from gen_accel.cli.bench.e2e_page import front
 from gen_accel.cli.main import main
 from gen_accel.eval.energy import Energy
 from gen_accel.eval.harness import append_rows, read_rows
@@ -24,7 +24,7 @@ def suite(monkeypatch):
     """A suite of one case, whatever is asked for."""
 
     def use(*cases):
-        monkeypatch.setattr(bench_e2e, "suites", lambda: {"tiny": Suite(cases)})
+        monkeypatch.setattr(e2e, "suites", lambda: {"tiny": Suite(cases)})
 
     use(WAN)
     return use
@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_measured(suite, tmp_path, monkeypatch, capsys):
     assert bench(tmp_path) == 0
     rows = read_rows(tmp_path / "results.jsonl")
     assert rows[: len(first)] == first and {row["kind"] for row in rows} == {"rate", "e2e"}
-    monkeypatch.setattr(bench_e2e, "_measure", None)  # fails if it is called
+    monkeypatch.setattr(e2e, "_measure", None)  # fails if it is called
     assert bench(tmp_path) == 0
     assert read_rows(tmp_path / "results.jsonl") == rows
     (tmp_path / "results.jsonl").unlink()
@@ -110,12 +110,12 @@ def test_only_what_is_missing_is_measured(suite, tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_baseline_is_told_and_not_timed(suite, tmp_path, monkeypatch, capsys):
-    right = bench_steps.Run.forward
+    right = e2e_steps.Run.forward
 
     def forward(run, step):
         return right(run, step) * (1.001 if hasattr(run.transformer, "_gen_accel") else 1)
 
-    monkeypatch.setattr(bench_steps.Run, "forward", forward)
+    monkeypatch.setattr(e2e_steps.Run, "forward", forward)
     suite(replace(WAN, methods=("gna",)))
     assert bench(tmp_path) == 1
     assert "ours WRONG: error" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_wrong_baseline_is_told_and_not_timed(suite, tmp_path, monkeypatch, ca
 
 def test_dense_backends_that_are_here_are_baselines(suite, tmp_path, monkeypatch, capsys):
     found = {"flash": "_native_flash", "FA3": "_flash_3"}
-    monkeypatch.setitem(bench_steps.BACKENDS, "cpu", found)
+    monkeypatch.setitem(e2e_steps.BACKENDS, "cpu", found)
     suite(replace(WAN, methods=("paro",)))
     assert bench(tmp_path) == 0
     rows = steps_of(tmp_path)
@@ -158,7 +158,7 @@ def test_every_published_architecture_runs(suite, tmp_path, name):
 
 def test_a_sweep_is_the_product_of_its_lists(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(bench_e2e, "_measure", lambda case, *_: (seen.append(case), ([], {}))[1])
+    monkeypatch.setattr(e2e, "_measure", lambda case, *_: (seen.append(case), ([], {}))[1])
     sweep = tmp_path / "sizes.yaml"
     sweep.write_text(
         "model: wan2.1-1.3b\nheight: [480, 720]\nwidth: 832\nnum-frames: 81\n"
@@ -228,7 +228,7 @@ def test_energy_is_read_or_absent(tmp_path, monkeypatch):
 
 def test_every_piece_for_the_gpu_fits_into_nine_minutes():
     """By the forecast: dense candidates and calibration, methods at two densities, all rounds."""
-    suite = bench_e2e.suites()["h200"]
+    suite = e2e.suites()["h200"]
     assert {case.whole.name for case in suite.cases} == set(MODELS) - {"wan-narrow"}
     total = 0.0
     for case in suite.cases:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gen_accel.cli import bench_pieces, bench_tune
-from gen_accel.cli.bench_kernel import SUITES, Case, Suite
-from gen_accel.cli.bench_pieces import Piece, _poisoned, relative
+from gen_accel.cli.bench import kernel_pieces, tune
+from gen_accel.cli.bench.kernel import SUITES, Case, Suite
+from gen_accel.cli.bench.kernel_pieces import Piece, _poisoned, relative
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import append_rows, read_rows
 from gen_accel.kernels import gather
@@ -208,7 +208,7 @@ def test_smoke_runs_the_triton_kernel(tmp_path, capsys):
     assert [row["name"] for row in mine] == 2 * names
     assert [row["config"]["part"] for row in mine[::3]] == ["quantised dense", "quantised 0.3"]
     assert all(1e-3 < row["config"]["error"] < 0.05 for row in mine if "int8" in row["name"])
-    from gen_accel.cli.bench_table import kernel_page
+    from gen_accel.cli.bench.kernel_table import kernel_page
 
     assert kernel_page(rows).count("int8+int8") == 4
 
@@ -222,12 +222,12 @@ class Block:
         if name.split(".")[0] in sys.argv[1].split(","):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Block())
-from gen_accel.cli import bench_kernel
+from gen_accel.cli.bench import kernel
 from gen_accel.cli.main import main
-suite, case = bench_kernel.SUITES["smoke"], bench_kernel.Case("tiny", (2, 7, 7), 9, 2, 16, 16)
+suite, case = kernel.SUITES["smoke"], kernel.Case("tiny", (2, 7, 7), 9, 2, 16, 16)
 from dataclasses import replace
 changes = {"cases": (case,), "impls": ("gather",), "precisions": ()}
-bench_kernel.SUITES["smoke"] = replace(suite, **changes)
+kernel.SUITES["smoke"] = replace(suite, **changes)
 sys.exit(main(["bench", "kernel", "--suite=smoke", "--out=" + sys.argv[2]]))
 """
     blocked = "diffusers,transformers,accelerate,safetensors,yaml,imageio,cv2,PIL"
@@ -253,11 +253,9 @@ def test_errors(capsys):
 
 def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     configs = pytest.importorskip("gen_accel.kernels.triton.config")
-    suite = bench_tune.SUITES["smoke"]
+    suite = tune.SUITES["smoke"]
     case = replace(suite.cases[0], grid=(1, 4, 9))
-    monkeypatch.setitem(
-        bench_tune.SUITES, "smoke", replace(suite, cases=(case,), precisions=("int8",))
-    )
+    monkeypatch.setitem(tune.SUITES, "smoke", replace(suite, cases=(case,), precisions=("int8",)))
     monkeypatch.setattr(configs, "DENSITIES", (1.0,))
     out = tmp_path / "tuned.json"
     command = ["bench", "tune", "--suite=smoke", "--block=16", "--head-dims=16", f"--out={out}"]
@@ -291,4 +289,4 @@ def test_rounds_fit_the_time_of_a_piece(monkeypatch):
     with torch.no_grad():
         piece.measure(1e9)
         piece.measure(0.0)
-    assert seen == [1, 20, 1, bench_pieces._FEWEST]
+    assert seen == [1, 20, 1, kernel_pieces._FEWEST]

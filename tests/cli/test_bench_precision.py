@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gen_accel.capture import Captured
-from gen_accel.cli import bench_mixtures, bench_precision
+from gen_accel.cli.bench import mixtures, precision
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 from gen_accel.kernels.quant import PRECISIONS
@@ -29,7 +29,7 @@ def calls(seed, number=2):
 
 
 def test_order_and_groups_matter_for_rounded_weights():
-    bench = bench_precision.PrecisionBench(calls(0), calls(0), "hunyuan-video")
+    bench = precision.PrecisionBench(calls(0), calls(0), "hunyuan-video")
     found = {(r["name"], r["config"]["order"]): r["value"] for r in bench.weights()}
     assert found["incoherence", "axis"] < 0.9 * found["incoherence", "raster"]
     for bits in ("int8", "int4"):
@@ -39,7 +39,7 @@ def test_order_and_groups_matter_for_rounded_weights():
 
 
 def test_errors_of_outliers():
-    bench = bench_precision.PrecisionBench(calls(0), calls(1), "hunyuan-video")
+    bench = precision.PrecisionBench(calls(0), calls(1), "hunyuan-video")
     rows = bench.errors()
     error = {(r["name"], r["config"]["data"]): r["value"] for r in rows}
     assert {name for name, _ in error} == set(PRECISIONS)
@@ -55,12 +55,12 @@ def test_bench_precision(capsys, tmp_path, monkeypatch):
     call["num_frames"] = 5  # decoding is what takes the time
     monkeypatch.setattr("gen_accel.eval.toys.load_toy", lambda *_: pipe)
     monkeypatch.setattr("gen_accel.eval.toys.toy_call", lambda _: call)
-    monkeypatch.setattr(bench_precision, "_calls", lambda args: (calls(0), calls(1)))
-    monkeypatch.setattr(bench_precision, "STEPS", 2)
+    monkeypatch.setattr(precision, "_calls", lambda args: (calls(0), calls(1)))
+    monkeypatch.setattr(precision, "STEPS", 2)
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     assert main(["bench", "precision", "--prompts=1", f"--out={rows}", f"--table={page}"]) == 0
     assert page.read_text() in capsys.readouterr().out + "\n"
     clips = [row for row in read_rows(rows) if row["kind"] == "clip"]
-    assert len(clips) == 2 * (1 + len(PRECISIONS)) and bench_mixtures.STEPS == 12
+    assert len(clips) == 2 * (1 + len(PRECISIONS)) and mixtures.STEPS == 12
     psnr = {(r["name"], r["config"]["attention"]): r["value"] for r in clips}
     assert psnr["fp32", "all blocks"] > psnr["int8", "all blocks"] > psnr["int4", "all blocks"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gen_accel.capture import Captured, capture
-from gen_accel.cli import bench_mixtures, bench_tails
+from gen_accel.cli.bench import mixtures, tails
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 from gen_accel.kernels import flex
@@ -29,7 +29,7 @@ def calls(seed, number=4):
 
 
 def test_tables_rank_what_can_be_ranked():
-    bench = bench_tails.TailBench(calls(0), calls(1), "hunyuan-video")
+    bench = tails.TailBench(calls(0), calls(1), "hunyuan-video")
     found = {row["name"]: row for row in bench.selections((0.25,))}
     assert set(found) == set(bench.planners())
     assert all(0 < row["value"] < 1 for row in found.values())
@@ -39,16 +39,16 @@ def test_tables_rank_what_can_be_ranked():
         assert found[name]["value"] <= found[name]["config"]["best"] + 1e-5
     rows = bench.tails((0.5, 0.2))
     error = {(r["name"], r["config"]["tail"], r["config"]["density"]): r["value"] for r in rows}
-    assert len(error) == len(found) * len(bench_tails.TAILS) * 2
+    assert len(error) == len(found) * len(tails.TAILS) * 2
     for name in found:
         assert error[name, "joint", 0.2] < error[name, "drop", 0.2]
         assert error[name, "drop", 0.5] < error[name, "drop", 0.2]
-    text = bench_tails.table(rows[:14], "name", "tail", "title")
+    text = tails.table(rows[:14], "name", "tail", "title")
     assert text.splitlines()[0].startswith("| title | drop | rectified |")
 
 
 def test_all_kept_has_no_error():
-    bench = bench_tails.TailBench(calls(0, 2), calls(1, 2), "hunyuan-video")
+    bench = tails.TailBench(calls(0, 2), calls(1, 2), "hunyuan-video")
     for row in bench.tails((1.0,)):
         assert row["value"] < 1e-5 and row["config"]["kept"] == 1.0, row["name"]
 
@@ -81,9 +81,9 @@ def test_bench_mixtures(capsys, tmp_path, monkeypatch):
     call = {k: v for k, v in call.items() if k not in ("prompt", "generator", "output_type")}
     monkeypatch.setattr("gen_accel.eval.toys.load_toy", lambda *_: pipe)
     monkeypatch.setattr("gen_accel.eval.toys.toy_call", lambda _: call)
-    monkeypatch.setattr(bench_mixtures, "MIXTURES", (("curve", "pooled"), ("axis", "static")))
-    monkeypatch.setattr(bench_mixtures, "TAILS", ("drop", "joint"))
-    monkeypatch.setattr(bench_mixtures, "STEPS", 5)
+    monkeypatch.setattr(mixtures, "MIXTURES", (("curve", "pooled"), ("axis", "static")))
+    monkeypatch.setattr(mixtures, "TAILS", ("drop", "joint"))
+    monkeypatch.setattr(mixtures, "STEPS", 5)
     path = tmp_path / "rows.jsonl"
     words = ["bench", "mixtures", "--prompts=2", "--densities=0.3", f"--out={path}"]
     assert main(words) == 0
@@ -96,14 +96,14 @@ def test_bench_mixtures(capsys, tmp_path, monkeypatch):
 
 
 def test_the_plot_is_a_file(tmp_path):
-    bench = bench_tails.TailBench(calls(0, 2), calls(1, 2), "hunyuan-video")
-    bench_tails.plot(bench.tails((0.5, 0.3)), tmp_path / "tails.svg")
+    bench = tails.TailBench(calls(0, 2), calls(1, 2), "hunyuan-video")
+    tails.plot(bench.tails((0.5, 0.3)), tmp_path / "tails.svg")
     assert (tmp_path / "tails.svg").read_text().startswith("<?xml")
 
 
 def test_bench_tails(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_tails, "_calls", lambda args: (calls(0, 2), calls(1, 2)))
-    monkeypatch.setattr(bench_tails, "DENSITIES", (0.3,))
+    monkeypatch.setattr(tails, "_calls", lambda args: (calls(0, 2), calls(1, 2)))
+    monkeypatch.setattr(tails, "DENSITIES", (0.3,))
     rows, page, picture = (tmp_path / name for name in ("rows.jsonl", "page.md", "plot.svg"))
     where = [f"--out={rows}", f"--table={page}", f"--plot={picture}"]
     assert main(["bench", "tails", *where]) == 0

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gen_accel.cli import ground_checks, ground_score
+from gen_accel.cli.bench import ground_checks, ground_score
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
 from gen_accel.eval.toys import MODELS

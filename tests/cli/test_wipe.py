@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gen_accel.cli.bench_wipe import (
+from gen_accel.cli.bench.wipe import (
     REMOVED,
     _dilated,
     _errors,
@@ -16,9 +16,9 @@ from gen_accel.cli.bench_wipe import (
     _random,
     scenes,
 )
+from gen_accel.cli.bench.wipe_table import spearman, tables
 from gen_accel.cli.main import main
 from gen_accel.cli.wipe import painted, preview
-from gen_accel.cli.wipe_table import spearman, tables
 from gen_accel.eval.toys import MODELS
 from gen_accel.eval.video import read_video, write_video
 from gen_accel.eval.world.render import render
@@ -165,7 +165,7 @@ def test_tables_are_made_of_rows():
          "effect_left", "tok_sim"), 1.0,
     )  # fmt: skip
     arms = {"full": {**arm, "foreground": 30.0, "tok_sim": 2.0}, "identity": arm}
-    from gen_accel.cli.wipe_table import BASELINES
+    from gen_accel.cli.bench.wipe_table import BASELINES
 
     arms |= {name: arm for name in BASELINES}
     rows = [{"part": "removal", "set": "shadow", "seed": i, "arms": arms} for i in range(3)]

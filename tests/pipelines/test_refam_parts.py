@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gen_accel.cli.ground_checks import plant
+from gen_accel.cli.bench.ground_checks import plant
 from gen_accel.eval.grounding import average_precision
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.pipelines.probe import Call

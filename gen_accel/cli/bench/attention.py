@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_masks import calibrated_mask, uniform_mask
-from gen_accel.cli.bench_options import DTYPES, TENSORS, add
+from gen_accel.cli.bench.masks import calibrated_mask, uniform_mask
+from gen_accel.cli.bench.options import DTYPES, TENSORS, add
 
 if TYPE_CHECKING:
     import torch

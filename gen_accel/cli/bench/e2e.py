@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_options import add
+from gen_accel.cli.bench.options import add
 
 if TYPE_CHECKING:
     from gen_accel.layout import TokenGrid
@@ -192,8 +192,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, write everything that follows from the rows."""
-    from gen_accel.cli.bench_pieces import free_gpu, told
-    from gen_accel.cli.e2e_page import write_pages
+    from gen_accel.cli.bench.e2e_page import write_pages
+    from gen_accel.cli.bench.kernel_pieces import free_gpu, told
     from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows, read_rows
 
@@ -248,9 +248,9 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     import torch
 
-    from gen_accel.cli.bench_rates import measure_rates
-    from gen_accel.cli.bench_steps import Steps
-    from gen_accel.cli.e2e_rows import step_rows, text_of
+    from gen_accel.cli.bench.e2e_rates import measure_rates
+    from gen_accel.cli.bench.e2e_rows import step_rows, text_of
+    from gen_accel.cli.bench.e2e_steps import Steps
     from gen_accel.eval.harness import read_rows
     from gen_accel.forecast import read_rates
 
@@ -258,7 +258,7 @@ def _measure(
         print(f"  {line}", flush=True)
 
     if part == "clips":
-        from gen_accel.cli.e2e_clips import clip_rows
+        from gen_accel.cli.bench.e2e_clips import clip_rows
 
         return clip_rows(case, args), {}
     with torch.no_grad():

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gen_accel.cli.bench_options import add, list_of
+from gen_accel.cli.bench.options import add, list_of
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def _part(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, print it, write the table; 1 when a result was wrong."""
     suite = prepare_run(SUITES, args.suite)
-    from gen_accel.cli.bench_pieces import Piece, attempt, free_gpu
-    from gen_accel.cli.bench_table import kernel_page, kernel_plot
+    from gen_accel.cli.bench.kernel_pieces import Piece, attempt, free_gpu
+    from gen_accel.cli.bench.kernel_table import kernel_page, kernel_plot
     from gen_accel.eval.files import check_writable, write_text
     from gen_accel.eval.harness import append_rows, read_rows
 

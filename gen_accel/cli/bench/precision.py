@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_mixtures import STEPS, interval
-from gen_accel.cli.bench_options import TOY_MODEL, add
-from gen_accel.cli.bench_tails import _calls, prompts, table
+from gen_accel.cli.bench.mixtures import STEPS, interval
+from gen_accel.cli.bench.options import TOY_MODEL, add
+from gen_accel.cli.bench.tails import _calls, prompts, table
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables and store their rows."""
     import torch
 
-    from gen_accel.eval.files import check_writable, write_text
+    from gen_accel.eval.files import write_text
     from gen_accel.eval.harness import append_rows
 
-    for path in filter(None, (args.out, args.table)):
-        check_writable(Path(path).parent)
     with torch.no_grad():
         bench = PrecisionBench(*_calls(args), args.model)
         errors, values, weights = bench.errors(), bench.values(), bench.weights()

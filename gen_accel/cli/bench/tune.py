@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gen_accel.cli.bench_codes import on_codes
-from gen_accel.cli.bench_kernel import PRECISIONS, Case, Suite, prepare_run
-from gen_accel.cli.bench_options import add
-from gen_accel.cli.bench_pieces import LOSSY, Candidate, Piece
+from gen_accel.cli.bench.kernel import PRECISIONS, Case, Suite, prepare_run
+from gen_accel.cli.bench.kernel_codes import on_codes
+from gen_accel.cli.bench.kernel_pieces import LOSSY, Candidate, Piece
+from gen_accel.cli.bench.options import add
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--suite {args.suite}: times of a CPU must not ship; name a file with --out"
         )
-    from gen_accel.cli.bench_pieces import attempt, free_gpu
+    from gen_accel.cli.bench.kernel_pieces import attempt, free_gpu
     from gen_accel.eval.files import write_text
     from gen_accel.eval.harness import result_row
     from gen_accel.kernels.triton import config as configs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gen_accel.cli.ground_score import Item, make
+from gen_accel.cli.bench.ground_score import Item, make
 from gen_accel.eval.harness import result_row
 from gen_accel.eval.toys import to_latents
 from gen_accel.layout import TokenLayout

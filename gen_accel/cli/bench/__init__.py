@@ -7,10 +7,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from gen_accel.cli.bench_options import add
+from gen_accel.cli.bench.options import add
 from gen_accel.cli.options import Parser, dotted
 
-# A module each, bench_<name>: add_options(parser) and run(args) -> exit code.
+# A module each: add_options(parser) and run(args) -> exit code. NAME_part.py belongs to NAME.py.
 BENCHMARKS = {
     "attention": "one attention call against dense SDPA and FlexAttention; also without a name",
     "gna": "GNA windows on block edges, and the same at stride 1",
@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.what is None:
         args = argparse.Namespace(**vars(args.attention.parse_args([])), what="attention")
-    if args.out:
-        check_writable(Path(args.out).parent)
+    for kind in ("out", "table", "plot"):
+        if path := getattr(args, kind, None):
+            check_writable(Path(path).parent)
     device = getattr(args, "device", "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU; use --device cpu")
@@ -83,4 +84,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"gen_accel.cli.bench_{name}")
+    return importlib.import_module(f"gen_accel.cli.bench.{name}")

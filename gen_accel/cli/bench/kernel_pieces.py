@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gen_accel.cli.bench_kernel import Case, Suite
+    from gen_accel.cli.bench.kernel import Case, Suite
     from gen_accel.eval.harness import Timing
     from gen_accel.kernels.blocks import Blocks
     from gen_accel.kernels.tail import Tail
@@ -118,11 +118,11 @@ class Piece:
         """The candidates of this part."""
         kind, _, density = self.part.partition(" ")
         if kind in ("dense", "around"):
-            from gen_accel.cli.bench_around import around
+            from gen_accel.cli.bench.kernel_around import around
 
             return self._dense() if kind == "dense" else around(self)
         if kind == "quantised":
-            from gen_accel.cli.bench_codes import quantised
+            from gen_accel.cli.bench.kernel_codes import quantised
 
             return quantised(self, None if density == "dense" else float(density))
         lists = "realistic" if kind == "flex" else kind
@@ -222,7 +222,7 @@ class Piece:
         """Lists over the video's blocks; what holds text is seen by all and sees all."""
         import torch
 
-        from gen_accel.cli.bench_masks import calibrated_mask, uniform_mask
+        from gen_accel.cli.bench.masks import calibrated_mask, uniform_mask
         from gen_accel.kernels.blocks import Blocks
 
         case = self.case

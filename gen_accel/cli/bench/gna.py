@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_attention import (
+from gen_accel.cli.bench.attention import (
     FLEX,
     AttentionBench,
     Candidate,
@@ -16,7 +16,7 @@ from gen_accel.cli.bench_attention import (
     random_qkv,
     run_calls,
 )
-from gen_accel.cli.bench_options import TENSORS, add
+from gen_accel.cli.bench.options import TENSORS, add
 
 if TYPE_CHECKING:
     from torch import Tensor

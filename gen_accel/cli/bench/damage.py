@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_options import add
+from gen_accel.cli.bench.options import add
 from gen_accel.cli.options import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_pieces import Candidate, Piece, relative
+from gen_accel.cli.bench.kernel_pieces import Candidate, Piece, relative
 
 if TYPE_CHECKING:
     from torch import Tensor

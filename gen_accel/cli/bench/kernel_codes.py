@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_pieces import LOSSY, Candidate, Piece, sage
+from gen_accel.cli.bench.kernel_pieces import LOSSY, Candidate, Piece, sage
 
 if TYPE_CHECKING:
     from torch import Tensor

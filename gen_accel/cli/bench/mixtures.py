@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from gen_accel.cli.bench_options import TOY_MODEL, add
-from gen_accel.cli.bench_tails import prompts, table
+from gen_accel.cli.bench.options import TOY_MODEL, add
+from gen_accel.cli.bench.tails import prompts, table
 
 MIXTURES = (
     ("axis", "static"), ("curve", "static"), ("curve", "pooled"), ("tile", "window"),
@@ -27,13 +26,10 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gen_accel.eval.fidelity import psnr
-    from gen_accel.eval.files import check_writable
     from gen_accel.eval.harness import append_rows, result_row
     from gen_accel.eval.toys import load_toy, toy_call
     from gen_accel.install import apply
 
-    if args.out:
-        check_writable(Path(args.out).parent)
     pipe = load_toy(args.model, args.folder)
     call = {**toy_call(args.model), "num_inference_steps": STEPS, "output_type": "pt"}
     texts = prompts("test", args.prompts)

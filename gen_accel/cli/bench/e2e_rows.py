@@ -1,11 +1,11 @@
-"""What `gen_accel.cli.bench_steps` measured, as result rows and as text."""
+"""What `gen_accel.cli.bench.e2e_steps` measured, as result rows and as text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gen_accel.cli.bench_steps import Candidate, Steps
+    from gen_accel.cli.bench.e2e_steps import Candidate, Steps
     from gen_accel.forecast import Rates
 
 Row = dict[str, Any]

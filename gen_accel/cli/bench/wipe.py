@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.cli.bench_options import TOY_MODEL, add, positive
+from gen_accel.cli.bench.options import TOY_MODEL, add, positive
 from gen_accel.eval.grounding import iou
 from gen_accel.eval.removal import tok_sim
 from gen_accel.eval.world.caption import Caption, describe
@@ -453,15 +453,13 @@ def run(args: argparse.Namespace) -> int:
     """Run what the file does not hold yet, then print all tables of the split."""
     from tqdm import tqdm
 
-    from gen_accel.cli.wipe_table import tables
-    from gen_accel.eval.files import check_writable, write_text
+    from gen_accel.cli.bench.wipe_table import tables
+    from gen_accel.eval.files import write_text
     from gen_accel.eval.harness import append_rows, commit, device_name, read_rows
     from gen_accel.eval.toys import load_toy
 
     if args.model != "hunyuan-video":
         raise ValueError(f"--model {args.model}: this bench is for hunyuan-video, the trained toy")
-    if args.out:
-        check_writable(Path(args.out).parent)
     page = Path(args.docs) if args.docs else None
     if page is not None and not _PLACE.search(page.read_text("utf-8")):
         raise ValueError(f"--docs {page}: no lines {BEGIN} and {END} to put the tables between")

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_options import TOY_MODEL, add, positive
+from gen_accel.cli.bench.options import TOY_MODEL, add, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gen_accel.cli.ground_score import Item
+    from gen_accel.cli.bench.ground_score import Item
     from gen_accel.pipelines.refam.backbone import Backbone
     from gen_accel.pipelines.refam.reading import Reading
 
@@ -40,12 +40,9 @@ def run(args: argparse.Namespace) -> int:
     """Choose on validation scenes, or measure on held-out ones."""
     import torch
 
-    from gen_accel.eval.files import check_writable
     from gen_accel.eval.toys import load_toy
     from gen_accel.pipelines.refam.backbone import Backbone
 
-    if args.out:
-        check_writable(Path(args.out).parent)
     backbone = Backbone(load_toy(args.model, args.folder))
     with torch.no_grad():
         return _choose(backbone, args) if args.choose else _measure(backbone, args)
@@ -58,7 +55,7 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
     """Noise level, blocks and blur of each direction, by mean average precision on ``val``."""
     from tqdm import tqdm
 
-    from gen_accel.cli.ground_score import Readout, heat, items, only, pixels, read_batch
+    from gen_accel.cli.bench.ground_score import Readout, heat, items, only, pixels, read_batch
     from gen_accel.eval.files import write_text
     from gen_accel.eval.grounding import average_precision
     from gen_accel.pipelines.probe import block_names
@@ -128,9 +125,9 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
 def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from gen_accel.cli import ground_report
-    from gen_accel.cli.ground_checks import abstention, overhead, planted
-    from gen_accel.cli.ground_score import (
+    from gen_accel.cli.bench import ground_report
+    from gen_accel.cli.bench.ground_checks import abstention, overhead, planted
+    from gen_accel.cli.bench.ground_score import (
         BASELINES,
         READOUTS,
         Readout,
@@ -210,7 +207,7 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
 
 
 def _peaks(backbone: Backbone, found: list[Item], choice: Any) -> list[tuple[Item, float]]:
-    from gen_accel.cli.ground_score import read_batch
+    from gen_accel.cli.bench.ground_score import read_batch
 
     out = []
     for first in range(0, len(found), BATCH):

@@ -6,14 +6,14 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench_attention import (
+from gen_accel.cli.bench.attention import (
     AttentionBench,
     Candidate,
     cubic_grid,
     random_qkv,
     run_calls,
 )
-from gen_accel.cli.bench_options import TENSORS, add
+from gen_accel.cli.bench.options import TENSORS, add
 
 if TYPE_CHECKING:
     from torch import Tensor

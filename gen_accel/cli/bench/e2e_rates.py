@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gen_accel.cli.bench_e2e import Case
+    from gen_accel.cli.bench.e2e import Case
 
 _HEADS = 4  # of attention calls on a CPU: the rate is that of any number
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -23,7 +23,7 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from gen_accel.cli.bench_masks import calibrated_mask
+    from gen_accel.cli.bench.masks import calibrated_mask
     from gen_accel.eval.harness import measure, result_row
     from gen_accel.kernels.api import block_sparse_attention
     from gen_accel.kernels.blocks import Blocks

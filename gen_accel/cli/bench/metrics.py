@@ -6,8 +6,8 @@ import argparse
 import time
 import warnings
 
-from gen_accel.cli.bench_damage import clips_of, measurable
-from gen_accel.cli.bench_options import add
+from gen_accel.cli.bench.damage import clips_of, measurable
+from gen_accel.cli.bench.options import add
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

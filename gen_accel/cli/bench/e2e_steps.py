@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gen_accel.cli.bench_e2e import Case
+    from gen_accel.cli.bench.e2e import Case
     from gen_accel.eval.harness import Timing
     from gen_accel.install import Handle
     from gen_accel.processors import Policy
@@ -129,7 +129,7 @@ class Steps:
         Args:
             seconds: About how long the rounds may take.
         """
-        from gen_accel.cli.bench_pieces import free_gpu, told
+        from gen_accel.cli.bench.kernel_pieces import free_gpu, told
         from gen_accel.eval.harness import measure
 
         self._baselines()

@@ -11,7 +11,7 @@ from gen_accel.cli.options import UsageError
 from gen_accel.cli.renders import Renders, Setting
 
 if TYPE_CHECKING:
-    from gen_accel.cli.bench_e2e import Case
+    from gen_accel.cli.bench.e2e import Case
 
 _METRICS = "psnr,ssim,flicker"
 _PROMPTS = ("a red circle moves to the right", "a blue square and a green circle")
