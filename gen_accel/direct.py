@@ -28,6 +28,11 @@ class DirectCalls:
                 "grid=None: a transformer's modules do not see the token grid; write "
                 "pipe.set_attn_processor(...), or give grid=(frames, height, width) here"
             )
+        if any(layer < 0 for layer in policy.dense_layers):
+            raise ValueError(
+                f"dense_layers={policy.dense_layers}: a module does not know how many come after "
+                "it; count from the first, or write pipe.set_attn_processor(...)"
+            )
         if policy.load_plan() is not None:
             raise ValueError(
                 "plan=...: a plan counts layers and steps, which modules do not see; write "

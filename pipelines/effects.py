@@ -107,6 +107,7 @@ def find_effects(
 
     def look(sigma: float, read: Callable[[Call], Tensor | None], layers: frozenset[int]) -> Tensor:
         noisy = (1 - sigma) * latents + sigma * noise
+        flow.announce([sigma])
         with probe(flow.pipe.transformer, read, sorted(layers)) as seen:
             flow.velocity(noisy, sigma, text)
         return torch.stack([maps for maps in seen if maps is not None]).mean(0)

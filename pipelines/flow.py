@@ -175,6 +175,17 @@ class VideoFlow:
         levels = [i / steps for i in range(steps + 1)]
         return [shift * u / (1 + (shift - 1) * u) for u in levels]
 
+    def announce(self, levels: Sequence[float]) -> None:
+        """Tell accelerating processors, which watch the scheduler, of a new run of steps.
+
+        Args:
+            levels: Where each step begins. They rise in an inversion, and by them a plan finds
+                its step group.
+        """
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(len(levels), device=self.device)
+        scheduler.sigmas = torch.tensor(levels)
+
     def _scales(self, latents: Tensor) -> tuple[Any, Any]:
         """The VAE's mean and one over its deviation."""
         config = self.pipe.vae.config

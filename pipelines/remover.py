@@ -108,7 +108,7 @@ class Remover:
             self.tick()
             return out
 
-        self._new_run()
+        flow.announce(done.sigmas[:-1])
         with intercept(flow.pipe.transformer, surgery):
             for i in range(setting.steps):
                 flow.pipe.scheduler.set_begin_index(i)
@@ -147,7 +147,7 @@ class Remover:
         surgery = self._surgery(latents, text, inversion.store)
         surgery.load_keys = setting.preserve in ("attn_kv", "freeze")
         done = Removal(latents, [], [])
-        self._new_run()
+        flow.announce(sigmas[:0:-1])
         with intercept(flow.pipe.transformer, surgery):
             for i in reversed(range(len(inversion.masks))):
                 flow.pipe.scheduler.set_begin_index(len(inversion.masks) - 1 - i)
@@ -215,10 +215,6 @@ class Remover:
         setting = self.setting
         grown = outside(score, object_.flatten(1), "otsu", setting.effects.clip, setting.growth)
         return mask | grown.view_as(mask)
-
-    def _new_run(self) -> None:
-        """Tell accelerating processors, which watch the scheduler, that steps begin anew."""
-        self.flow.pipe.scheduler.set_timesteps(self.setting.steps, device=self.flow.device)
 
 
 def _per_frame(object_: Tensor) -> Tensor:

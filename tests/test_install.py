@@ -219,6 +219,22 @@ def test_a_bare_transformer_knows_no_steps_but_runs():
     assert stats.dense == {"calibrating": 4} and stats.sparse == 16
 
 
+def test_a_bare_transformer_asked_for_one_step_over_and_over_is_calibrated():
+    pipe, call = setup(tiny.tiny_wan)
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given), with_kwargs=True
+    )
+    tiny.run(pipe, **call)
+    hook.remove()
+    handle = apply(pipe.transformer, paro())
+    with torch.no_grad():
+        for _ in range(6):
+            pipe.transformer(**seen[0])
+    stats = handle.stats()["transformer"]
+    assert stats.dense == {"calibrating": 8} and stats.sparse == 4
+
+
 def test_set_on_the_transformer_directly():
     pipe, call = setup(tiny.tiny_wan)
     dense = tiny.run(pipe, **call)
@@ -228,6 +244,9 @@ def test_set_on_the_transformer_directly():
     assert not torch.equal(tiny.run(pipe, **call), dense)
     pipe.transformer.set_attn_processor(paro())
     with pytest.raises(ValueError, match=r"write pipe.set_attn_processor\(...\), or"):
+        tiny.run(pipe, **call)
+    pipe.transformer.set_attn_processor(paro(grid=(5, 4, 6), dense_layers=(0, -1)))
+    with pytest.raises(ValueError, match=r"dense_layers=\(0, -1\): .* count from the first"):
         tiny.run(pipe, **call)
 
 

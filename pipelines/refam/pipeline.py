@@ -100,6 +100,7 @@ class RefAMPipeline(DiffusionPipeline):
         ValueError: Another transformer.
     """
 
+    model_cpu_offload_seq = "vae->text_encoder->text_encoder_2->transformer"
     _optional_components = ["text_encoder_2", "tokenizer_2"]
     transformer: Any
 
@@ -280,6 +281,7 @@ class RefAMPipeline(DiffusionPipeline):
             mask = _segment(sam, frames, heatmap, point, per_frame, robust_point)
         each = torch.stack([_stretch(aggregate(normalise(a.maps), head, aggregation))
                             for a in answers])  # fmt: skip
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return RefAMOutput(
             heatmap=heatmap,
             mask=mask,

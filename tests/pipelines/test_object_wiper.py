@@ -313,6 +313,23 @@ def test_works_on_accelerated_transformers(made, policy):
     assert torch.equal(wipe(made, of=size).frames, dense.frames)
 
 
+def test_processors_are_told_the_noise_levels_of_both_ways(made):
+    pipe, _ = made
+    told = []
+    with apply(pipe, ParoProcessor(min_tokens=0, block=16)) as handle:
+        engine = handle.components[0].engine
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, given: told.append(
+                (engine.context.sigma, float(given["timestep"][0]) / 1000)
+            ),
+            with_kwargs=True,
+        )
+        wipe(made, of={"frames": 9, "size": (64, 96)}, solver="euler", steps=4)
+    hook.remove()
+    believed, true = zip(*told)
+    assert believed == pytest.approx(true, abs=1e-3) and max(true) == 1 and min(true) == 0
+
+
 def test_custom_pipeline_shim(tmp_path):
     from pathlib import Path
 

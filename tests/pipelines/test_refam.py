@@ -92,6 +92,17 @@ def test_what_the_pipeline_is_made_of_stays():
     assert refam.transformer is pipe.transformer and handle.components
 
 
+def test_offloading_changes_nothing():
+    pipe, _ = tiny.tiny_hunyuan()
+    refam = RefAMPipeline.from_pipe(pipe)
+    given = {"video": clip(9), "expression": "the red ball", **HUNYUAN}
+    plain = refam(**given).heatmap
+    refam.enable_model_cpu_offload(device="cpu:0")
+    assert [type(m.hook).__name__ for m in refam._all_hooks] == ["CpuOffload"] * 4
+    for _ in range(2):  # hooks are as before when it has answered
+        assert torch.equal(refam(**given).heatmap, plain)
+
+
 def test_save_and_load(tmp_path):
     pipe, _ = tiny.tiny_hunyuan()
     refam = RefAMPipeline.from_pipe(pipe)
