@@ -1,16 +1,22 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
+from gen_accel import demo_trained
 from gen_accel.cli.main import main
 from gen_accel.demo import DemoSettings, run_demo
 from gen_accel.demo_model import AXES, NARROW_IN, demo_pipeline
+from gen_accel.demo_trained import PROMPTS, ZOOM
 from gen_accel.eval.video import read_video
+from gen_accel.eval.world.read import read
 from gen_accel.order.axis import AXIS_ORDERS
 
-FILES = ["dense.mp4", "index.html", "paro.mp4", "report.json", "side_by_side.mp4"]
+FILES = {"dense.mp4", "index.html", "paro.mp4", "report.json", "side_by_side.mp4"}
+TRAINED = {f"trained.{n}.{m}.mp4" for n in range(3) for m in ("dense", "paro", "sparseprocessor")}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def report(folder):
 
 
 def test_the_folder(folder):
-    assert sorted(os.listdir(folder)) == FILES
+    assert set(os.listdir(folder)) == FILES | TRAINED
     dense, paro = read_video(folder / "dense.mp4"), read_video(folder / "paro.mp4")
     assert dense.shape == paro.shape == (9, 3, 128, 160)
     assert dense.float().std() > 20, "there is something to see"
@@ -47,6 +53,27 @@ def test_the_numbers(report):
     assert sum(report["calls"]["dense"].values()) == 1 * 4 * 2
     assert 0.5 < report["mass_kept"] < 1
     assert report["versions"]["torch"] and "5x16x20" in report["config"]["tokens"]
+
+
+def test_the_trained_model(folder, report):
+    found = report["trained"]
+    paro, sparse = (np.mean(found["psnr"][name]) for name in ("PARO", "SparseProcessor"))
+    assert 10 < paro < sparse < 45  # the stand-ins of dropped blocks are worth something
+    assert all(0.2 < kept < 0.4 for kept in found["density"].values())
+    assert list(report["clips"]) == list(PROMPTS) and f"PARO {paro:.1f} dB" in report["notes"][-1]
+    for number, (colour, shape) in enumerate(
+        [("red", "circle"), ("blue", "square"), ("green", "triangle")]
+    ):
+        video = read_video(folder / f"trained.{number}.dense.mp4") / 255
+        seen = read(avg_pool2d(video, ZOOM).movedim(1, -1).numpy())
+        assert (seen.colour, seen.shape) == (colour, shape)
+
+
+def test_without_a_trained_model_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_trained, "trained_toys", lambda: [])
+    run_demo(tmp_path, DemoSettings(num_inference_steps=2, height=32, width=32, num_frames=3))
+    assert set(os.listdir(tmp_path)) == FILES
+    assert "clips of a small trained model here" in (tmp_path / "index.html").read_text()
 
 
 def test_paro_finds_the_planted_axes(report):

@@ -52,5 +52,7 @@ def run(args: argparse.Namespace) -> int:
             fidelity = f"{row['psnr']:>7.1f} dB{row['ssim']:>9.4f}"
         numbers = f"{row['seconds']:>7.1f} s{row['speedup']:>9.2f}x{row['density']:>9.3f}"
         print(f"{row['method']:<8}{numbers}{fidelity}")
+    if "trained" in report:
+        print(f"\n{report['notes'][-1]}")
     print(f"\nOpen {page}")
     return 0
