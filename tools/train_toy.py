@@ -70,7 +70,9 @@ def noise_levels(count: int, generator: torch.Generator, shift: float) -> torch.
     return shift * u / (1 + (shift - 1) * u)
 
 
-def focus(noised: torch.Tensor, guess: torch.Tensor, level: torch.Tensor, gain: float):
+def focus(
+    noised: torch.Tensor, guess: torch.Tensor, level: torch.Tensor, gain: float
+) -> torch.Tensor:
     """Weights of the pixels that let the few that show an object be heard; their mean is 1.
 
     They follow the chroma of the clean picture that the model itself sees in the noise. A weight

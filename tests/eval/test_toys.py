@@ -127,6 +127,25 @@ def test_training_starts_resumes_and_exports(tmp_path):
     assert torch.equal(weight, second["ema"][key].bfloat16().float())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 4, 32, 32)], ids=["frames", "clips"])
+def test_focus_follows_the_colour_the_model_sees(shape):
+    clean = torch.zeros(shape)
+    clean[0, 0, ..., 8:12, 20:24] = 1.0  # red
+    level = torch.full((2, *[1] * (len(shape) - 1)), 0.7)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noised = clean + level * (noise - clean)
+    guess = (noise - clean).requires_grad_(True)
+    weight = train_toy.focus(noised, guess, level, 10.0)
+    assert weight.shape == (shape[0], 1, *shape[2:]) and not weight.requires_grad
+    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
+    near = torch.zeros(shape[2:], dtype=torch.bool)
+    near[..., 6:14, 18:26] = True  # two pixels around
+    ground = float(weight[1].mean())
+    assert torch.allclose(weight[0, 0][near] / ground, torch.tensor(6.0), atol=1e-4)
+    assert torch.allclose(weight[0, 0][~near] / ground, torch.tensor(1.0), atol=1e-4)
+    assert torch.equal(train_toy.focus(noised, guess, level, 0.0), torch.ones_like(weight))
+
+
 def test_gate_arithmetic():
     assert gate.wilson(9, 10) == pytest.approx((59.6, 98.2), abs=0.1)
     assert gate.wilson(0, 0) == (0.0, 100.0)
