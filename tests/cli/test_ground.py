@@ -94,6 +94,14 @@ def test_validation_and_held_out_clips_differ():
     assert all(i.expression.thing is None for i in ground_score.items("test", 4, targets=False))
 
 
+def test_pictures_have_one_frame_and_no_motion():
+    found = ground_score.items("val", 12, pictures=True)
+    assert {i.video.shape[0] for i in found} == {i.target.shape[0] for i in found} == {1}
+    assert {i.objects.shape[1] for i in found} == {1}
+    assert "motion" not in {i.expression.tier for i in found}
+    assert all(t.direction is None for i in found for t in i.scene.things)
+
+
 def test_controls_append_as_many_words_as_magnets():
     item = ground_score.items("val", 1)[0]
     counts = {
@@ -101,6 +109,6 @@ def test_controls_append_as_many_words_as_magnets():
         for kind in ("magnets", "first", "content", "pads", "nonsense", "absent", "present")
     }
     assert set(counts.values()) == {9}
-    named = {t.colour for t in item.clip.scene.things}
+    named = {t.colour for t in item.scene.things}
     assert ground_score.make(item, "present").text.split()[-1] in named
     assert not named & set(ground_score.make(item, "absent").text.split()[-9:])

@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Choose on validation scenes, or measure on held-out ones."""
     import torch
 
-    from gen_accel.eval.toys import load_toy
+    from gen_accel.eval.toys import load_toy, toy_call
     from gen_accel.pipelines.refam.backbone import Backbone
 
-    backbone = Backbone(load_toy(args.model, args.folder))
+    length = toy_call(args.model)["max_sequence_length"]
+    backbone = Backbone(load_toy(args.model, args.folder), max_sequence_length=length)
     with torch.no_grad():
         return _choose(backbone, args) if args.choose else _measure(backbone, args)
 
@@ -64,7 +65,7 @@ def _choose(backbone: Backbone, args: argparse.Namespace) -> int:
 
     blocks = len(block_names(backbone.transformer))
     windows = [tuple(range(a, b)) for a in range(blocks) for b in range(a + 1, blocks + 1)]
-    found = items("val", args.expressions)
+    found = items("val", args.expressions, pictures=backbone.flow is None)
     maps: dict[tuple[str, float, tuple[int, ...]], list[Tensor]] = {}
     bar = tqdm(total=len(SIGMAS) * len(found), desc="validation", unit="forward")
     for sigma in SIGMAS:
@@ -145,7 +146,8 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
     from gen_accel.pipelines.refam.pipeline import Choice, choose
 
     started = time.perf_counter()
-    found = items("test", args.expressions)
+    pictures = backbone.flow is None
+    found = items("test", args.expressions, pictures=pictures)
     directions = dict.fromkeys(r.direction for r in READOUTS)
     choices = {d: choose(backbone.transformer, "auto", d) for d in directions}
     groups: dict[tuple[str, float], list[Readout]] = {}  # what one forward serves
@@ -187,7 +189,9 @@ def _measure(backbone: Backbone, args: argparse.Namespace) -> int:
         records += [baseline(item, name, number) for name in BASELINES]
     absent = [
         (item.expression.tier, peak)
-        for item, peak in _peaks(backbone, items("test", 200, targets=False), choices["text"])
+        for item, peak in _peaks(
+            backbone, items("test", 200, targets=False, pictures=pictures), choices["text"]
+        )
     ]
     results = ground_report.conditions(records)
     results += ground_report.hypotheses(records, masses, sinks, len(found))

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gen_accel.cli.bench.ground_score import Item, make
+from gen_accel.cli.bench.ground_score import Item, latents_of, make
 from gen_accel.eval.harness import result_row
-from gen_accel.eval.toys import to_latents
 from gen_accel.layout import TokenLayout
 from gen_accel.pipelines.probe import Call, probe
 from gen_accel.pipelines.refam.reading import read
@@ -57,7 +56,7 @@ def planted(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict[
     for item in found:
         prompt = make(item, "magnets")
         text = backbone.text([prompt.text])
-        latents = to_latents(item.video.movedim(1, -1)[None])
+        latents = latents_of(backbone, [item])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         noised = (1 - choice.sigma) * latents + choice.sigma * noise
         with probe(backbone.transformer, _valid) as seen:
@@ -80,7 +79,7 @@ def planted(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict[
             hits[kappa] += int(got[places].sum())
             false[kappa] += int(got.sum() - got[places].sum())
             plain[kappa] += int(find_sinks(*without, torch.tensor([tokens]), rule)[0].sum())
-    large = sum(any(t.size == "large" for t in item.clip.scene.things) for item in found)
+    large = sum(any(t.size == "large" for t in item.scene.things) for item in found)
     return [
         result_row(
             "ground sinks", f"kappa {kappa:g}", hits[kappa] / count, "recall", n=count,
@@ -126,7 +125,7 @@ def overhead(backbone: Backbone, found: list[Item], choice: Choice) -> list[dict
     """CPU time of a forward that is read, over one that is not: median of paired rounds."""
     item = found[0]
     prompt = make(item, "magnets")
-    latents = to_latents(item.video.movedim(1, -1)[None])
+    latents = latents_of(backbone, [item])
     text = backbone.text([prompt.text])
 
     def plain() -> None:

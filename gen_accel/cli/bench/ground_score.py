@@ -18,8 +18,8 @@ from gen_accel.eval.grounding import (
 from gen_accel.eval.toys import to_latents
 from gen_accel.eval.world.caption import Expression, expressions
 from gen_accel.eval.world.gate import token_mask
-from gen_accel.eval.world.render import Clip, render
-from gen_accel.eval.world.scene import COLOURS, SHAPES, TOY, sample_scene
+from gen_accel.eval.world.render import render
+from gen_accel.eval.world.scene import COLOURS, SHAPES, TOY, Scene, sample_scene
 from gen_accel.pipelines.refam.expression import (
     Prompt,
     default_magnets,
@@ -106,21 +106,28 @@ class Item:
     """An expression of a clip, and the mask of what it means; None: nothing answers.
 
     Attributes:
-        clip: The clip.
+        scene: The scene.
         expression: The expression.
         target: bool ``[frames, height, width]``.
         video: ``[frames, 3, height, width]``.
+        objects: bool ``[objects, frames, height, width]``.
     """
 
-    clip: Clip
+    scene: Scene
     expression: Expression
     target: Tensor | None
     video: Tensor
+    objects: Tensor
 
 
-def items(split: str, count: int, *, targets: bool = True) -> list[Item]:
-    """Expressions of scenes with two to four objects, seeds from 0; five tiers."""
+def items(split: str, count: int, *, targets: bool = True, pictures: bool = False) -> list[Item]:
+    """Expressions of scenes with two to four objects, seeds from 0; five tiers.
+
+    Pictures have one frame, nothing in them has moved, and no expression says that it does.
+    """
     world = replace(TOY, empty=0.0, counts=(0.0, 0.5, 0.3, 0.2))
+    if pictures:
+        world = replace(world, motions=(0.0, 0.0, 1.0))
     found: list[Item] = []
     seed = 0
     while len(found) < count:
@@ -128,20 +135,21 @@ def items(split: str, count: int, *, targets: bool = True) -> list[Item]:
         seed += 1
         if len(scene.things) < 2:  # no room was found
             continue
-        clip = render(scene)
-        video = torch.from_numpy(clip.video).movedim(-1, 1)
+        clip, frames = render(scene), slice(1 if pictures else None)
+        video = torch.from_numpy(clip.video[frames]).movedim(-1, 1)
+        objects = torch.from_numpy(clip.objects[:, frames])
         for e in expressions(scene):
-            if (e.thing is None) == targets:
+            if (e.thing is None) == targets or (pictures and e.tier == "motion"):
                 continue
-            mask = None if e.thing is None else torch.from_numpy(clip.objects[e.thing])
+            mask = None if e.thing is None else objects[e.thing]
             if mask is None or bool(mask.any()):
-                found.append(Item(clip, e, mask, video))
+                found.append(Item(scene, e, mask, video, objects))
     return found[:count]
 
 
 def make(item: Item, kind: str) -> Prompt:
     """The prompt of a condition; controls append as many words as the magnets are."""
-    text, things = item.expression.text, item.clip.scene.things
+    text, things = item.expression.text, item.scene.things
     magnets = default_magnets(text)
     count = len(magnets)
     if kind == "present":
@@ -168,12 +176,18 @@ def make(item: Item, kind: str) -> Prompt:
     return make_prompt(text, magnets=magnets, place="first" if kind == "first" else "last")
 
 
+def latents_of(backbone: Backbone, part: list[Item]) -> Tensor:
+    """The toys' latents are pixels; those of an image model have no frames."""
+    latents = to_latents(torch.stack([item.video.movedim(1, -1) for item in part]))
+    return latents[:, :, 0] if backbone.flow is None else latents
+
+
 def read_batch(
     backbone: Backbone, part: list[Item], kind: str, choice: Choice, rows: bool = False
 ) -> tuple[list[Prompt], Reading]:
     """One forward (two for ``"magnets 2"``) of a batch of expressions; ``rows`` reads those too."""
     prompts = [make(item, kind) for item in part]
-    latents = to_latents(torch.stack([item.video.movedim(1, -1) for item in part]))
+    latents = latents_of(backbone, part)
     reading = read(
         backbone,
         latents,
@@ -226,7 +240,7 @@ def heat(
 
 def pixels(backbone: Backbone, heatmap: Tensor, item: Item, blur: float) -> Tensor:
     """The heatmap on the clip's pixels."""
-    grid = backbone.grid(to_latents(item.video.movedim(1, -1)[None]))
+    grid = backbone.grid(latents_of(backbone, [item]))
     frames = backbone.frames(grid, len(item.video))
     return to_pixels(heatmap, grid, frames, tuple(item.video.shape[2:]), blur)
 
@@ -237,7 +251,7 @@ def score(item: Item, name: str, number: int, heatmap: Tensor, masks: bool) -> d
     assert target is not None
     point = find_point(heatmap)
     record = {
-        "item": number, "scene": item.clip.scene.seed, "tier": item.expression.tier, "name": name,
+        "item": number, "scene": item.scene.seed, "tier": item.expression.tier, "name": name,
         "pointing": float(pointing(heatmap, target)),
         "robust": float(target[point]),
         "ap": float(average_precision(heatmap, target)),
@@ -279,7 +293,7 @@ def baseline(item: Item, name: str, number: int) -> dict[str, Any]:
         point = any_of(shown)
     hit = float(target[point])
     record = {
-        "item": number, "scene": item.clip.scene.seed, "tier": item.expression.tier, "name": name,
+        "item": number, "scene": item.scene.seed, "tier": item.expression.tier, "name": name,
         "pointing": hit, "robust": hit, "ap": float(target.float().mean()),
     }  # fmt: skip
     return record | _flooded(item, point)
@@ -295,7 +309,7 @@ def attention_mass(
     share = word_shares(reading, table).mean(0)
     patch = item.video.shape[-1] // reading.grid.width
     target = torch.from_numpy(token_mask(item.target.numpy(), patch))
-    objects = torch.from_numpy(item.clip.objects).any(0).float()
+    objects = item.objects.any(0).float()
     background = torch.nn.functional.max_pool2d(objects, patch).flatten() == 0
     return float(share[target].mean()), float(share[background].mean())
 
