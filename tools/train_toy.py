@@ -150,10 +150,16 @@ def export(pipe, ema: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def portable(folder: Path) -> None:
-    """Writes the names transformers 4 knows beside those of transformers 5, which reads both."""
+    """Writes the names transformers 4 knows beside those of transformers 5, which reads both.
+
+    A tokenizer forgets how its last batch was padded.
+    """
     for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
         text = file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
         file.write_text(text)
+    for file in folder.glob("tokenizer*/tokenizer.json"):
+        state = json.loads(file.read_text()) | {"truncation": None, "padding": None}
+        file.write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n")
     for file in folder.glob("text_encoder*/config.json"):
         config = json.loads(file.read_text())
         if "rope_parameters" in config:

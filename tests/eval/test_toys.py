@@ -125,6 +125,8 @@ def test_training_starts_resumes_and_exports(tmp_path):
     loaded = load_toy("wan", tmp_path / "toy-wan")
     weight = loaded.transformer.state_dict()[key]
     assert torch.equal(weight, second["ema"][key].bfloat16().float())
+    tokenizer = json.loads((tmp_path / "toy-wan" / "tokenizer" / "tokenizer.json").read_text())
+    assert tokenizer["padding"] is None and tokenizer["truncation"] is None
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 4, 32, 32)], ids=["frames", "clips"])
