@@ -359,8 +359,8 @@ class SpaAttnProcessor(Policy):
 class SparseProcessor(Policy):
     """Any order, with any selection, with any tail.
 
-    The defaults were nearest to dense clips for their time on our trained toy; docs/methods.md has
-    the tables. No published checkpoint was measured.
+    The defaults were among the nearest to dense clips on our trained toy, and need no calibration;
+    docs/methods.md has the tables. No published checkpoint was measured.
 
     Args:
         order: ``"axis"``, one of six for each head (static selection); ``"curve"`` or ``"raster"``,

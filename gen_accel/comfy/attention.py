@@ -24,7 +24,7 @@ class SparseAttention(io.ComfyNode):
             display_name="Sparse Attention",
             category=widgets.ATTENTION,
             description="Lets each block of video tokens attend to a share of the others. The "
-            "defaults were nearest to dense on our trained toy model; see docs/methods.md.",
+            "defaults were among the nearest to dense on our toy model; see docs/methods.md.",
             inputs=[
                 widgets.model_input(),
                 io.Combo.Input(
