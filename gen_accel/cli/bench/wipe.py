@@ -39,14 +39,14 @@ _PLACE = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 TOKENS = 32  # of text
 COVERED = 0.25  # share of a token's pixels an effect must change for the token to count as effect
 SPEED_DENSITY = 0.2
-# Chosen on 24 clips per kind of the val split. Layers are the toy's.
+# Chosen on clips of the val split. Layers are the toy's.
 SETTING = WipeSetting(
     steps=12,
     solver="euler",
     shift=1.0,
     background_scale=0.5,
     foreground_scale=1.0,
-    growth=7.0,
+    growth=12.0,
     effects=EffectSetting(
         response_sigma=0.05,
         word_layers=(3, 4),
