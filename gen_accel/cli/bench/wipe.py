@@ -41,10 +41,11 @@ COVERED = 0.25  # share of a token's pixels an effect must change for the token 
 SPEED_DENSITY = 0.2
 # Chosen on clips of the val split. Layers are the toy's.
 SETTING = WipeSetting(
-    steps=12,
+    steps=24,
     solver="euler",
     shift=1.0,
-    background_scale=0.5,
+    scaling="bias",
+    background_scale=0.2,
     foreground_scale=1.0,
     growth=12.0,
     effects=EffectSetting(
@@ -220,12 +221,12 @@ ABLATIONS_BACK: dict[str, dict[str, Any]] = {
     "preserve none": {"preserve": "none"},
     "preserve attn_kv": {"preserve": "attn_kv"},
     "no re-initialisation": {"reinit": "none"},
-    "foreground scale 1.2": {"foreground_scale": 1.2},
+    "foreground scale 2": {"foreground_scale": 2.0},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no scaling": {"background_scale": 1.0},
     "no adaptive mask": {"adaptive": False},
-    "bias scaling": {"scaling": "bias"},
+    "key scaling": {"scaling": "key", "background_scale": 0.5},
 }
 
 
