@@ -86,29 +86,6 @@ def focus(
     return weight / weight.mean()
 
 
-def drop_heads(model: torch.nn.Module, share: float) -> None:
-    """Silences heads of the cross-attention at random while training, each sample its own.
-
-    Without it heads share the words out among them: one knows every colour but green.
-
-    Raises:
-        ValueError: For a model without cross-attention.
-    """
-
-    def silence(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        if not module.training:
-            return inputs
-        heads = inputs[0].unflatten(-1, (model.config.num_attention_heads, -1))
-        kept = torch.rand(len(heads), 1, heads.shape[-2], 1, device=heads.device) >= share
-        return ((heads * kept / (1 - share)).flatten(-2),)
-
-    outputs = [m for n, m in model.named_modules() if n.endswith("attn2.to_out.0")]
-    if not outputs:
-        raise ValueError("--drop-heads: this model has no cross-attention")
-    for module in outputs:
-        module.register_forward_pre_hook(silence)
-
-
 class Optimiser:
     """Muon for the blocks' matrices, AdamW for everything else."""
 
@@ -207,9 +184,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--focus", type=float, default=0.0, help="extra weight of pixels that look like an object"
     )
-    parser.add_argument(
-        "--drop-heads", type=float, default=0.0, help="share of cross-attention heads to silence"
-    )
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -233,8 +207,6 @@ def main(argv: list[str] | None = None) -> None:
     pipe.to(args.device)
     model = pipe.transformer.float().train().requires_grad_(True)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    if args.drop_heads:
-        drop_heads(model, args.drop_heads)
     if args.compile:
         model.compile(dynamic=False)
     optimiser = Optimiser(model, args.lr)
@@ -255,10 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     def show() -> None:
         live = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(ema)
-        model.eval()
         with torch.compiler.set_stance("force_eager"):
             sample_grid(pipe, args.model, out / f"samples-{step:06d}.png")
-        model.train()
         model.load_state_dict(live)
 
     losses: list[float] = []
@@ -270,7 +240,6 @@ def main(argv: list[str] | None = None) -> None:
         clips = clips and not (args.frames_every and step % args.frames_every == 0)
         size = args.batch if clips else args.image_batch
         generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
-        torch.manual_seed(args.seed * 2**32 + step)  # of the heads that are dropped
         latents, texts = batch(args.seed * 2**31 + seen, size, clips)
         if TOYS[args.model].frames == 1:
             latents = latents[:, :, 0]

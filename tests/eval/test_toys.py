@@ -115,7 +115,6 @@ def test_word_maps_see_every_joint_layer_and_leave_no_trace(built):
 def test_training_starts_resumes_and_exports(tmp_path):
     common = ["--model", "wan", "--image-steps", "1", "--batch", "1", "--image-batch", "2"]
     common += ["--sample-every", "0", "--save-every", "1", "--threads", "1", "--out", str(tmp_path)]
-    common += ["--drop-heads", "0.3"]
     train_toy.main([*common, "--steps", "1"])
     first = torch.load(tmp_path / "state.pt", weights_only=True)
     train_toy.main([*common, "--steps", "2"])
@@ -128,24 +127,6 @@ def test_training_starts_resumes_and_exports(tmp_path):
     assert torch.equal(weight, second["ema"][key].bfloat16().float())
     tokenizer = json.loads((tmp_path / "toy-wan" / "tokenizer" / "tokenizer.json").read_text())
     assert tokenizer["padding"] is None and tokenizer["truncation"] is None
-
-
-def test_dropped_heads_are_silent_while_training_only():
-    model = train_toy.build("wan", 0).transformer
-    train_toy.drop_heads(model, 0.5)
-    output = model.blocks[2].attn2.to_out[0]
-    seen: list[torch.Tensor] = []
-    output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    torch.manual_seed(0)
-    output.train()(torch.ones(200, 4, 192))
-    heads = seen[0].unflatten(-1, (3, 64))
-    assert set(heads.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(heads, heads[:, :1, :, :1].expand_as(heads))  # whole heads of a sample
-    assert float(heads.mean()) == pytest.approx(1, abs=0.2)
-    output.eval()(torch.ones(2, 4, 192))
-    assert torch.equal(seen[1], torch.ones(2, 4, 192))
-    with pytest.raises(ValueError, match="no cross-attention"):
-        train_toy.drop_heads(train_toy.build("flux", 0).transformer, 0.5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 4, 32, 32)], ids=["frames", "clips"])
