@@ -67,14 +67,16 @@ def test_errors_are_one_line(words, message, clip, tmp_path, capsys):
     assert message in lines[-1]
 
 
-def test_bench_measures_every_condition(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("model", ["hunyuan-video", "wan"])
+def test_bench_measures_every_condition(model, tmp_path, capsys, monkeypatch):
     items = ground_score.items
     monkeypatch.setattr(
         ground_score, "items", lambda split, count, **kw: items(split, min(count, 3), **kw)
     )
     monkeypatch.setattr(ground_checks, "ROUNDS", 2)
     path = tmp_path / "rows.jsonl"
-    assert main(["bench", "ground", "--expressions", "3", "--out", str(path)]) == 0
+    call = ["bench", "ground", "--model", model, "--expressions", "3", "--out", str(path)]
+    assert main(call) == 0
     rows = read_rows(path)
     names = {row["name"] for row in rows if row["kind"] == "ground"}
     assert {r.name for r in ground_score.READOUTS} | set(ground_score.BASELINES) == names
