@@ -460,7 +460,7 @@ def run(args: argparse.Namespace) -> int:
     from gen_accel.eval.toys import load_toy
 
     if args.model != "hunyuan-video":
-        raise ValueError(f"--model {args.model}: this bench is for hunyuan-video, the trained toy")
+        raise ValueError(f"--model {args.model}: its settings are toy-hunyuan-video's")
     page = Path(args.docs) if args.docs else None
     if page is not None and not _PLACE.search(page.read_text("utf-8")):
         raise ValueError(f"--docs {page}: no lines {BEGIN} and {END} to put the tables between")
