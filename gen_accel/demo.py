@@ -16,7 +16,7 @@ from torch import Tensor
 from gen_accel.eval.fidelity import psnr, ssim
 from gen_accel.eval.report import Media, Picture, Report, Row, heatmap, write_report
 from gen_accel.eval.video import side_by_side, write_video
-from gen_accel.layout import ForwardContext, TokenLayout
+from gen_accel.layout import TokenLayout
 
 if TYPE_CHECKING:
     from gen_accel.demo_trained import Trained
@@ -113,36 +113,38 @@ def run_demo(folder: str | Path, settings: DemoSettings = DemoSettings()) -> Pat
 
 def _render(pipe: Any, settings: DemoSettings, name: str, **changes: Any) -> tuple[Tensor, float]:
     """Frames ``[frames, channels, height, width]`` in [0, 1], and the seconds they took."""
-    call = {"output_type": "pt", **{name: getattr(settings, name) for name in _CALL}, **changes}
     pipe.set_progress_bar_config(desc=f"{name:>8}", disable=name == "warm-up")
     generator = torch.Generator().manual_seed(settings.seed + 1)
     started = time.perf_counter()
     video = pipe(
-        prompt=PROMPT, negative_prompt="", max_sequence_length=64, generator=generator, **call
+        prompt=PROMPT, generator=generator, output_type="pt", **{**_call(settings), **changes}
     ).frames[0]
     return video.clamp(0, 1), time.perf_counter() - started
 
 
-_CALL = ("num_inference_steps", "height", "width", "num_frames", "guidance_scale")
+def _call(settings: DemoSettings) -> dict[str, Any]:
+    """Arguments of the pipeline."""
+    names = ("num_inference_steps", "height", "width", "num_frames", "guidance_scale")
+    chosen = {name: getattr(settings, name) for name in names}
+    return {**chosen, "negative_prompt": "", "max_sequence_length": 64}
 
 
 def _attention_pictures(
     pipe: Any, settings: DemoSettings, handle: Handle
 ) -> Mapping[str, list[Picture]]:
     """Where the mass of one head lies, in raster order and in the order that was chosen."""
-    from gen_accel import ParoProcessor, apply
+    from gen_accel.capture import capture
     from gen_accel.kernels.mass import block_mass
     from gen_accel.order.raster import RasterOrder
 
     plan = handle.plan
     if plan is None:
         return {}
-    # Its heads are wide in time, which raster order has slowest: there is most to see.
-    layer, watcher = 1, _QueriesAndKeys()
-    with apply(pipe, ParoProcessor(dense_steps=1.0, min_tokens=0)) as watch:
-        watch.components[0].engine.planner = watcher
-        _render(pipe, settings, "warm-up", num_inference_steps=1, output_type="latent")
-    q, k = watcher.seen[layer]
+    pipe.set_progress_bar_config(disable=True)
+    layer = 1  # its heads are wide in time, which raster order has slowest: there is most to see
+    call = {**_call(settings), "num_inference_steps": 1}
+    seen = capture(pipe, [PROMPT], seed=settings.seed + 1, **call)
+    q, k = next((one.q, one.k) for one in seen if one.layer == layer)
     layout, chosen = TokenLayout(plan.grid), plan.components["transformer"].layers[layer]
     kept = int(plan.density * (plan.grid.numel // plan.block))
     mass, share = [], []
@@ -172,25 +174,6 @@ def _attention_pictures(
                     "budget of a layer."),
         ]
     }  # fmt: skip
-
-
-class _QueriesAndKeys:
-    """A planner that leaves everything dense and keeps the queries and keys of each layer."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def begin(self, context: ForwardContext) -> None:
-        pass
-
-    def lookup(self, *call: Any) -> str:
-        return "watched"
-
-    def watches(self, layer: int) -> bool:
-        return True
-
-    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
-        self.seen[layer] = q, k
 
 
 def _report(
