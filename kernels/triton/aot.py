@@ -21,7 +21,12 @@ from gen_accel.kernels.quant import P_LEVELS, PRECISIONS
 from gen_accel.kernels.triton import interpreter
 from gen_accel.kernels.triton.config import DEVICES, SHARED, Config, Key, choose
 from gen_accel.kernels.triton.forward import attention_forward
-from gen_accel.kernels.triton.launch import compiled_with, quantised_with, tile_of_keys
+from gen_accel.kernels.triton.launch import (
+    compiled_with,
+    compiler_options,
+    quantised_with,
+    tile_of_keys,
+)
 
 HEAD_DIMS = (64, 128, 256)
 BLOCKS = ((128, 128), (64, 64))
@@ -69,6 +74,7 @@ class Kernel(NamedTuple):
             "tile": f"{config.rows}x{config.keys}",
             "warps": str(config.warps),
             "stages": str(config.stages),
+            "programs": str(config.programs),
         }
 
 
@@ -83,6 +89,8 @@ class Compiled(NamedTuple):
         instruction: What they became: ``wgmma``, ``tcgen05`` or ``mma``.
         numbers: What those multiply, such as ``s8`` or ``e4m3``.
         loads: ``TMA`` or ``cp.async``.
+        barriers: Of all warps, between the first loop's two ``wgmma`` products. One is enough to
+            send warp groups into the softmax together, while the tensor cores have nothing to do.
     """
 
     registers: int
@@ -92,6 +100,7 @@ class Compiled(NamedTuple):
     instruction: str
     numbers: str
     loads: str
+    barriers: int
 
     def row(self) -> dict[str, str]:
         """The same in words."""
@@ -163,8 +172,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     }
     source = ASTSource(attention_forward, kinds, constants | dict.fromkeys(unused), aligned)
     target = GPUTarget("cuda", key.capability, 32)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    made = triton.compile(source, target=target, options=options)
+    made = triton.compile(source, target=target, options=compiler_options(config))
     registers, spills = _resources(made.asm["cubin"])
     ttgir, ptx = made.asm["ttgir"], made.asm["ptx"]
     products = re.compile(r"= (?:ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) |tc_gen5_mma ")
@@ -174,6 +182,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
         registers, spills, made.metadata.shared, len(products.findall(ttgir)), "+".join(found),
         "+".join(dict.fromkeys(a or b for a, b in _NUMBERS.findall(ptx))),
         "TMA" if "cp.async.bulk.tensor" in ptx else "cp.async",
+        _barriers(ptx),
     )  # fmt: skip
 
 
@@ -189,7 +198,14 @@ def problem(kernel: Kernel, compiled: Compiled) -> str | None:
         best = "mma"  # of integers; Triton 3.6 has no better one there
     if best not in compiled.instruction:
         return f"products became {compiled.instruction or 'no matrix instructions'}, not {best}"
+    if kernel.config.together and compiled.barriers:
+        return f"{compiled.barriers} barriers between the two products of a step"
     return None
+
+
+def _barriers(ptx: str) -> int:
+    _, _, after = ptx.partition("wgmma.commit_group")
+    return after.partition("wgmma.mma_async")[0].count("bar.sync")
 
 
 def _quantised(name: str) -> dict[str, int]:

@@ -27,6 +27,10 @@ class Config(NamedTuple):
         warps: Warps per program.
         stages: Tiles of keys and values in flight.
         tma: Read keys and values through tensor descriptors.
+        together: Wait for a tile's keys and values at once. No barrier stands between its two
+            products then, so one warp group's softmax may overlap with another's products. Where
+            products read registers (``mma``) it takes too many of them.
+        programs: Programs that are to fit on a multiprocessor; more than 1 limits registers.
     """
 
     rows: int
@@ -34,6 +38,8 @@ class Config(NamedTuple):
     warps: int
     stages: int
     tma: bool
+    together: bool = False
+    programs: int = 1
 
 
 class Key(NamedTuple):
@@ -70,7 +76,7 @@ class _Ladder(NamedTuple):
     ``first``: for lists alone, with an element rule, with stand-ins, with both.
     """
 
-    tiles: tuple[tuple[int, int, int, int], ...]  # rows, keys, warps, stages
+    tiles: tuple[tuple[int, ...], ...]  # rows, keys, warps, stages, and programs where not 1
     first: tuple[int, int, int, int]
 
 
@@ -78,6 +84,10 @@ _D64 = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64
 _D128 = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2),
          (64, 64, 8, 2), (64, 32, 8, 2))  # fmt: skip
 _D256 = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2))
+# On Hopper a tile that is loaded must be two steps away, or its way is waited for: three stages.
+# Short of that, two programs wait in turn.
+_H64 = ((128, 128, 8, 3, 2), (128, 128, 8, 3), *_D64)
+_H128 = ((128, 128, 8, 3), (128, 64, 8, 2, 2), *_D128)
 _LOW = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (64, 32, 8, 2))
 _LOW256 = _D256[2:]
 
@@ -87,8 +97,8 @@ _LADDERS = {
     (80, 64): (_Ladder(_D64, (1, 1, 1, 3)), _Ladder(_LOW, (0, 0, 0, 0))),
     (80, 128): (_Ladder(_D128, (1, 2, 1, 5)), _Ladder(_LOW, (3, 2, 3, 2))),
     (80, 256): (_Ladder(_D256, (3, 3, 3, 3)), _Ladder(_LOW256, (1, 1, 1, 1))),
-    (90, 64): (_Ladder(_D64, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
-    (90, 128): (_Ladder(_D128, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (90, 64): (_Ladder(_H64, (0, 1, 1, 1)), _Ladder(_LOW, (0, 0, 0, 0))),
+    (90, 128): (_Ladder(_H128, (0, 3, 0, 3)), _Ladder(_LOW, (0, 0, 0, 0))),
     (90, 256): (_Ladder(_D256, (0, 2, 1, 3)), _Ladder(_LOW256, (0, 0, 0, 1))),
     (100, 64): (_Ladder(_D64, (0, 0, 0, 0)), _Ladder(_LOW, (0, 0, 0, 0))),
     (100, 128): (_Ladder(_D128, (0, 1, 0, 1)), _Ladder(_LOW, (0, 0, 2, 0))),
@@ -139,15 +149,22 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
     kind = key.masked + 2 * key.tail
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:
-        for height, keys, warps, stages in ladder.tiles[ladder.first[kind] :]:
+        for height, keys, warps, stages, *programs in ladder.tiles[ladder.first[kind] :]:
             if rows in (None, height):
                 if key.precision and not key.tail:
                     keys = most
                 keys = min(keys, most, key.block[1])
-                found.append(Config(height, keys, warps, stages, family >= 90))
+                fixed = (height, keys, warps, stages, family >= 90, family == 90)
+                found.append(Config(*fixed, *programs))
     found += [config._replace(stages=config.stages + 1) for config in found]
-    found = [c for c in found if _shared(c, key) <= _shared_limit(key.capability)]
+    found = [c for c in found if _fits(c, key)]
     return list(dict.fromkeys(found))
+
+
+def _fits(config: Config, key: Key) -> bool:
+    """Whether a multiprocessor has the shared memory; each program costs it another 1024 bytes."""
+    limit = SHARED[max((c for c in SHARED if c <= key.capability), default=80)]
+    return config.programs * (_shared(config, key) + 1024) <= limit + 1024
 
 
 def _shared(config: Config, key: Key) -> int:
@@ -158,10 +175,6 @@ def _shared(config: Config, key: Key) -> int:
     tail = (3 if heavy else 2) * (2 if config.tma else 1) * min(64, config.keys)
     queries = (2 if heavy else 1) * config.rows if key.capability in (90, 100) else 0
     return key.head_dim * (2 * queries + max(loops, 2 * tail if key.tail else 0))
-
-
-def _shared_limit(capability: int) -> int:
-    return SHARED[max((c for c in SHARED if c <= capability), default=80)]
 
 
 def choose(key: Key, rows: int | None = None, density: Callable[[], float] | None = None) -> Config:

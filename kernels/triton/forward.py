@@ -60,7 +60,7 @@ def attention_forward(
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, RECTIFIED: tl.constexpr,
     POOLED: tl.constexpr, VARIANCE: tl.constexpr, PLACES: tl.constexpr, LSE: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    TMA: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
     Q_GROUP: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as there may be items. A tile is TILE_Q queries of one head.
@@ -129,11 +129,10 @@ def attention_forward(
             if K_GROUP:
                 ahead = block * BLOCK_KV + (i + 1) % SPLIT * TILE_KV
                 unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
-            keys = _tile(keys_of, k_token, batch, head, start, kv_len,
-                         HEAD_DIM, BLOCK_D, TILE_KV, TMA, False)  # fmt: skip
-            scores = _scores(queries, keys, K_GROUP)
-            values = _values(values_of, v_token, batch, head, start, kv_len,
-                             HEAD_DIM, BLOCK_D, TILE_KV, TMA, False, LEVELS)  # fmt: skip
+            scores, values = _scores_and_values(
+                queries, keys_of, k_token, values_of, v_token, batch, head, start, kv_len,
+                HEAD_DIM, BLOCK_D, TILE_KV, TMA, False, K_GROUP, LEVELS, TOGETHER,
+            )  # fmt: skip
             acc, peak, norm = _accumulate(
                 acc, peak, norm, scores, factor, values, value_scales, start, kv_len,
                 HEAD_DIM, K_GROUP, V_GROUP, LEVELS,
@@ -177,11 +176,10 @@ def attention_forward(
                     following = tl.where((i + 1) // SPLIT < ruled, listed_block, final)
                     ahead = following * BLOCK_KV + (i + 1) % SPLIT * TILE_KV
                     unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
-                keys = _tile(keys_of, k_token, batch, head, start, kv_len,
-                             HEAD_DIM, BLOCK_D, TILE_KV, TMA, True)  # fmt: skip
-                scores = _scores(queries, keys, K_GROUP)
-                values = _values(values_of, v_token, batch, head, start, kv_len,
-                                 HEAD_DIM, BLOCK_D, TILE_KV, TMA, True, LEVELS)  # fmt: skip
+                scores, values = _scores_and_values(
+                    queries, keys_of, k_token, values_of, v_token, batch, head, start, kv_len,
+                    HEAD_DIM, BLOCK_D, TILE_KV, TMA, True, K_GROUP, LEVELS, TOGETHER,
+                )  # fmt: skip
                 columns = start + tl.arange(0, TILE_KV)
                 visible = (columns < kv_len)[None, :]
                 if GROUP > 1:
@@ -226,9 +224,11 @@ def attention_forward(
                 squares = (queries.to(tl.float32) * queries.to(tl.float32)).to(tl.bfloat16)
             flags = listed + (batch * listed_batch + head * listed_head).to(tl.int64) * listed_width
             for start in tl.range(0, num_pooled, TILE_TAIL, num_stages=TAIL_STAGES):
-                keys = _tile(means, pool_token, batch, head, start, num_pooled,
-                             HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
-                scores = tl.dot(queries, keys.T) * row_slope
+                scores, values = _scores_and_values(
+                    queries, means, pool_token, values_of, pool_token, batch, head, start,
+                    num_pooled, HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True, 0, 0, TOGETHER,
+                )  # fmt: skip
+                scores *= row_slope
                 if VARIANCE:
                     spread = _tile(spreads, pool_token, batch, head, start, num_pooled,
                                    HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
@@ -236,8 +236,6 @@ def attention_forward(
                     if Q_GROUP:
                         steep *= row_scale[:, None]
                     scores += tl.dot(squares, spread.T) * steep
-                values = _tile(values_of, pool_token, batch, head, start, num_pooled,
-                               HEAD_DIM, BLOCK_D, TILE_TAIL, TMA, True)  # fmt: skip
                 columns = start + tl.arange(0, TILE_TAIL)
                 real = columns < num_pooled
                 bias = tl.load(pool_bias + columns, mask=real, other=-float("inf")) * _LOG2_E
@@ -295,6 +293,25 @@ def attention_forward(
                 tl.where(seen, total_mass, -float("inf")),
                 mask=stored,
             )
+
+
+@triton.jit
+def _scores_and_values(
+    queries, keys_of, k_token, values_of, v_token, batch, head, start, kv_len,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_KV: tl.constexpr, TMA: tl.constexpr,
+    RAGGED: tl.constexpr, K_GROUP: tl.constexpr, LEVELS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Scores of one tile of keys, and its values: what `_accumulate` takes."""
+    keys = _tile(keys_of, k_token, batch, head, start, kv_len,
+                 HEAD_DIM, BLOCK_D, TILE_KV, TMA, RAGGED)  # fmt: skip
+    if TOGETHER:
+        values = _values(values_of, v_token, batch, head, start, kv_len,
+                         HEAD_DIM, BLOCK_D, TILE_KV, TMA, RAGGED, LEVELS)  # fmt: skip
+    scores = _scores(queries, keys, K_GROUP)
+    if not TOGETHER:
+        values = _values(values_of, v_token, batch, head, start, kv_len,
+                         HEAD_DIM, BLOCK_D, TILE_KV, TMA, RAGGED, LEVELS)  # fmt: skip
+    return scores, values
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from gen_accel.kernels.triton.tiles import Tiles, every_tile, listed_bits, make_
 
 _DENSE_BLOCK = 128
 TAIL_KEYS = 64  # stand-ins per step, at most
+_REGISTERS = 65536  # of a multiprocessor
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
@@ -285,13 +286,21 @@ def _launch(arguments: dict[str, Any], constants: dict[str, Any], config: Config
                 arguments[name] = TensorDescriptor.from_tensor(x, box)
     with torch.cuda.device_of(arguments["q"]):
         attention_forward[(arguments["items"].numel(),)](
-            **arguments, **constants, **fixed, num_warps=config.warps, num_stages=config.stages
+            **arguments, **constants, **fixed, **compiler_options(config)
         )
 
 
 def tile_of_keys(config: Config, block_kv: int, k_rows: int) -> int:
     """Keys per tile: those that share a scale in quantised calls, whatever the configuration."""
     return min(k_rows or config.keys, block_kv)
+
+
+def compiler_options(config: Config) -> dict[str, int]:
+    """What a configuration asks of Triton's compiler."""
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.programs > 1:
+        options["maxnreg"] = _REGISTERS // (32 * config.warps * config.programs)
+    return options
 
 
 def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
@@ -301,6 +310,7 @@ def compiled_with(config: Config, keys: int, tma: bool) -> dict[str, Any]:
         "TILE_KV": keys,
         "TILE_TAIL": min(TAIL_KEYS, config.keys, keys),
         "TMA": tma,
+        "TOGETHER": config.together,
         "STAGES": config.stages,
         "TAIL_STAGES": 2 if tma else 1,  # prefetching through pointers spills registers
     }

@@ -50,6 +50,29 @@ for wanted in sys.argv[1:]:
 """
 
 
+APART = """
+from gen_accel.kernels.triton import aot
+kernel = next(aot.shipped([90], [128], ["lists"], [""]))
+for together in (True, False):
+    kernel = kernel._replace(config=kernel.config._replace(together=together))
+    print(aot.compile_kernel(kernel).barriers)
+"""
+
+# The guess at head_dim 64, and one of those that are timed at 128.
+TWO = """
+import json
+from gen_accel.kernels.triton import aot
+from gen_accel.kernels.triton.config import candidates
+for dim in (64, 128):
+    kernel = next(aot.shipped([90], [dim], ["lists"], [""]))
+    config = next(c for c in candidates(kernel.key) if c.programs == 2)
+    kernel = kernel._replace(config=config)
+    compiled = aot.compile_kernel(kernel)
+    found = kernel.row() | compiled._asdict() | {"problem": aot.problem(kernel, compiled)}
+    print(json.dumps(found))
+"""
+
+
 def python(code, *arguments, **environment):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-c", code, *arguments]
@@ -70,6 +93,23 @@ def test_compiles_without_spills_and_fits(device):
         assert row["products"] >= 4 and (row["feature"] == "lists" or row["products"] >= 7)
         assert row["instruction"] == {90: "wgmma", 100: "tcgen05"}.get(device, "mma")
         assert row["loads"] == ("TMA" if device >= 90 else "cp.async")
+
+
+def test_keys_and_values_together_leave_no_barrier_between_the_products():
+    done = python(APART)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together, apart = map(int, done.stdout.split())
+    assert together == 0 < apart
+
+
+def test_two_programs_fit_a_multiprocessor():
+    done = python(TWO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["problem"] is None and row["programs"] == "2", row
+        assert 2 * 256 * row["registers"] <= 65536 and 2 * (row["shared"] + 1024) <= 233472, row
 
 
 def test_fp16_is_no_different():
