@@ -13,7 +13,7 @@ from gen_accel.kernels.operands import operands
 from gen_accel.kernels.prepare import prepare
 
 _HALF = (torch.bfloat16, torch.float16)
-_BLOCKS = tuple(2**n for n in range(4, 11))
+_SMALLEST, _LARGEST = 16, 1024  # mask blocks; above 128, powers of two
 
 
 @functools.cache
@@ -73,6 +73,11 @@ def _precision_limits(call: Call) -> str | None:
         return f"p_scale={precision.p_scale!r}: only the reference has it; use impl='reference'"
     if call.q.dtype == torch.float64:
         return "float64: it quantises what fp32 holds; cast the inputs"
+    if call.blocks is not None and call.blocks.block_kv & (call.blocks.block_kv - 1):
+        return (
+            f"block_kv={call.blocks.block_kv} with quantised keys: scales are those of 64 keys, "
+            "which such a block cuts; plan with block=128, or use precision='bf16'"
+        )
     if precision.pv is None:
         return None
     if precision.pv == "fp8" and not _has_fp8(call.q.device):
@@ -102,9 +107,9 @@ def _block_limits(call: Call) -> str | None:
     blocks = call.blocks
     assert blocks is not None
     for name, size in (("block_q", blocks.block_q), ("block_kv", blocks.block_kv)):
-        if size not in _BLOCKS:
+        if not _SMALLEST <= size <= _LARGEST or (size > 128 and size & (size - 1)):
             return (
-                f"{name}={size}: it takes powers of two from {_BLOCKS[0]} to {_BLOCKS[-1]}; "
+                f"{name}={size}: it takes {_SMALLEST} to 128, and powers of two up to {_LARGEST}; "
                 "plan with block=64 or 128, or use impl='gather'"
             )
     if blocks.kv_num_blocks is None:

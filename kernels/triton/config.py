@@ -49,7 +49,7 @@ class Key(NamedTuple):
         capability: 90 for Hopper; 0 for a device that is not NVIDIA's.
         head_dim: Padded to a power of two, 16..256.
         dtype: ``"bf16"`` or ``"fp16"``.
-        block: Queries and keys per mask block.
+        block: Queries and keys per mask block, or the powers of two above them.
         masked: Whether some blocks need an element rule, or stand-ins carry variances: either takes
             registers.
         tail: Whether stand-ins are scored.

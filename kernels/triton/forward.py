@@ -65,6 +65,9 @@ def attention_forward(
 ):  # fmt: skip
     """Grid: as many programs as there may be items. A tile is TILE_Q queries of one head.
 
+    Blocks of other sizes than powers of two are walked in tiles that reach into their neighbours:
+    of a tile's lanes only those count that lie in its own block.
+
     GROUP is 1 where a list belongs to one mask row, else the number of mask rows it was merged
     from. Strides count elements, those of lists count rows; the innermost stride of q, k, v and out
     is 1.
@@ -73,7 +76,9 @@ def attention_forward(
     values are codes too, ``v_token`` from channel to channel, and weights are rounded to 0..LEVELS;
     V_GROUP keys share a scale per channel, or with 0 all keys.
     """
-    SPLIT: tl.constexpr = BLOCK_KV // TILE_KV
+    SPLIT: tl.constexpr = (BLOCK_KV + TILE_KV - 1) // TILE_KV
+    ODD: tl.constexpr = BLOCK_KV % TILE_KV != 0  # a tile reaches into the next block
+    STEP_Q: tl.constexpr = TILE_Q if TILE_Q < BLOCK_Q or GROUP > 1 else BLOCK_Q
     LIST_Q: tl.constexpr = TILE_Q if GROUP > 1 else BLOCK_Q
     # exp(scale * score) = exp2(slope * score). The scale is positive: its sign went into q.
     slope = scale * _LOG2_E
@@ -84,7 +89,8 @@ def attention_forward(
         tile = work % tiles
         head = (work // tiles) % heads
         batch = work // tiles // heads
-        rows = tile * TILE_Q + tl.arange(0, TILE_Q)
+        lane = tl.arange(0, TILE_Q)
+        rows = tile * STEP_Q + lane
         inside = (rows < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
         queries = tl.load(
             q + _base(batch, q_batch, head, q_head) + rows[:, None].to(tl.int64) * q_token + dims,
@@ -107,7 +113,7 @@ def attention_forward(
         norm = tl.zeros([TILE_Q], tl.float32)
         acc = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
 
-        list_row = batch * list_batch + head * list_head + tile * TILE_Q // LIST_Q * list_tile
+        list_row = batch * list_batch + head * list_head + tile * STEP_Q // LIST_Q * list_tile
         count = tl.load(counts + list_row)
         entries = lists + list_row.to(tl.int64) * list_width
         cut = 0
@@ -131,8 +137,11 @@ def attention_forward(
                 unit = _key_scale(key_scales, ahead, kv_len, K_GROUP, True)
             scores, values = _scores_and_values(
                 queries, keys_of, k_token, values_of, v_token, batch, head, start, kv_len,
-                HEAD_DIM, BLOCK_D, TILE_KV, TMA, False, K_GROUP, LEVELS, TOGETHER,
+                HEAD_DIM, BLOCK_D, TILE_KV, TMA, ODD, K_GROUP, LEVELS, TOGETHER,
             )  # fmt: skip
+            if ODD:
+                own = i % SPLIT * TILE_KV + tl.arange(0, TILE_KV) < BLOCK_KV
+                scores = tl.where(own[None, :], scores, -float("inf"))
             acc, peak, norm = _accumulate(
                 acc, peak, norm, scores, factor, values, value_scales, start, kv_len,
                 HEAD_DIM, K_GROUP, V_GROUP, LEVELS,
@@ -182,6 +191,8 @@ def attention_forward(
                 )  # fmt: skip
                 columns = start + tl.arange(0, TILE_KV)
                 visible = (columns < kv_len)[None, :]
+                if ODD:
+                    visible = visible & (columns < (block + 1) * BLOCK_KV)[None, :]
                 if GROUP > 1:
                     row_bits = bits >> (tl.arange(0, TILE_Q) // BLOCK_Q)
                     whole = (row_bits & 1) != 0
@@ -209,7 +220,7 @@ def attention_forward(
             acc *= tl.load(v_scale + channel, mask=dims < HEAD_DIM, other=0.0)[None, :]
 
         if POOLED:
-            first = tile * TILE_Q // BLOCK_Q
+            first = tile * STEP_Q // BLOCK_Q
             pool = _base(batch, pool_batch, head, pool_head)
             means = pool_key if TMA else pool_key + pool
             values_of = pool_value if TMA else pool_value + pool
@@ -257,7 +268,7 @@ def attention_forward(
         seen = norm > 0
         acc = acc / tl.where(seen, norm, 1.0)[:, None]
         if RECTIFIED:
-            first = (batch * heads + head) * mask_rows + tile * TILE_Q // BLOCK_Q
+            first = (batch * heads + head) * mask_rows + tile * STEP_Q // BLOCK_Q
             for r in tl.static_range(GROUP):
                 row = tl.minimum(first + r, (batch * heads + head + 1) * mask_rows - 1)
                 factor = tl.load(ratio + row)
@@ -276,7 +287,7 @@ def attention_forward(
             token = tl.load(places + head * places_head + rows, mask=rows < q_len, other=-1)
         else:
             token = _axis_place(places + head * places_head, rows, places_video, places_text)
-        stored = (rows < q_len) & (token >= 0)
+        stored = (rows < q_len) & (lane < STEP_Q) & (token >= 0)
         tl.store(
             out + _base(batch, out_batch, head, out_head)
             + token[:, None].to(tl.int64) * out_token + dims,

@@ -106,12 +106,13 @@ def _attend(
     if blocks is not None:
         block = (blocks.block_q, blocks.block_kv)
         rule = None if blocks.kv_num_blocks is None else pack(blocks.mask_mod.intervals)
+    sizes = triton.next_power_of_2(block[0]), triton.next_power_of_2(block[1])
     key = Key(
         _capability(q.device),
         _padded(dim, codes is not None),
         _NAMES[half],
-        block,
-        rule is not None or block[0] < 128 or varied,
+        sizes,
+        rule is not None or sizes[0] < 128 or varied,
         isinstance(tail, Pooled),
         _name(codes),
     )
@@ -123,10 +124,10 @@ def _attend(
     else:
         groups = make_tiles(blocks, batch, heads, config.rows)
     for tiles in groups:
-        chosen = config
-        if tiles.rows != config.rows:
+        chosen, rows = config, triton.next_power_of_2(tiles.rows)
+        if rows != config.rows:
             masked = rule is not None or tiles.group > 1 or varied
-            chosen = configs.choose(key._replace(masked=masked), tiles.rows)
+            chosen = configs.choose(key._replace(masked=masked), max(64, rows))
         arguments, constants = _arguments(q, k, v, out, lse, tiles, blocks, block, rule, scale)
         k_mean = None if codes is None else codes.k_mean
         more, tail_constants = _tail_arguments(tail, half, blocks, k_mean)
@@ -292,7 +293,7 @@ def _launch(arguments: dict[str, Any], constants: dict[str, Any], config: Config
 
 def tile_of_keys(config: Config, block_kv: int, k_rows: int) -> int:
     """Keys per tile: those that share a scale in quantised calls, whatever the configuration."""
-    return min(k_rows or config.keys, block_kv)
+    return min(k_rows or config.keys, triton.next_power_of_2(block_kv))
 
 
 def compiler_options(config: Config) -> dict[str, int]:

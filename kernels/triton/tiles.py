@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
     """Tiles of one height that one launch computes.
 
     Attributes:
-        rows: Queries per tile.
+        rows: Queries per tile that count; the kernel computes the power of two above them.
         group: Mask rows that share a list; 1 where lists are those of the `Blocks`.
         counts: int32 ``[B|1, H|1, T|1]``, key blocks that need no rule.
         lists: int32 ``[B|1, H|1, T|1, K]``.
@@ -54,8 +54,11 @@ def make_tiles(blocks: Blocks, batch: int, heads: int, rows: int) -> tuple[Tiles
     """The tiles of a call, ``rows`` queries high.
 
     Lower mask rows are merged: their lists are united, and the blocks that not all of them see go
-    through a rule. Where two neighbours of 64 have little in common, they get a tile each.
+    through a rule. Where two neighbours of 64 have little in common, they get a tile each. Rows of
+    other sizes than powers of two are tiles of their own, whatever ``rows`` says.
     """
+    if blocks.block_q & (blocks.block_q - 1):
+        rows = blocks.block_q  # no power of two: neither merged nor cut
     found = _made.setdefault(blocks, {})
     key = (batch, heads, rows)
     if key not in found:

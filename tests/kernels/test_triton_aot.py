@@ -58,6 +58,19 @@ for together in (True, False):
     print(aot.compile_kernel(kernel).barriers)
 """
 
+# Tiles of 120 tokens, which windows on Wan's and HunyuanVideo's grids want.
+ODD = """
+import json
+from gen_accel.kernels.triton import aot
+for device in (80, 90):
+    for kernel in aot.shipped([device], [128], ["lists", "window"], [""]):
+        if kernel.key.block == (128, 128):
+            kernel = kernel._replace(key=kernel.key._replace(block=(120, 120)))
+            compiled = aot.compile_kernel(kernel)
+            found = kernel.row() | compiled._asdict() | {"problem": aot.problem(kernel, compiled)}
+            print(json.dumps(found))
+"""
+
 # The guess at head_dim 64, and one of those that are timed at 128.
 TWO = """
 import json
@@ -100,6 +113,13 @@ def test_keys_and_values_together_leave_no_barrier_between_the_products():
     assert done.returncode == 0, done.stderr[-2000:]
     together, apart = map(int, done.stdout.split())
     assert together == 0 < apart
+
+
+def test_odd_blocks_compile_without_spills():
+    done = python(ODD)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 4 and all(row["problem"] is None for row in rows), rows
 
 
 def test_two_programs_fit_a_multiprocessor():

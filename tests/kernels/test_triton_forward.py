@@ -15,7 +15,7 @@ from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.order.tile import TileOrder, _indices
 from gen_accel.select.gna import gna_plan
 from gen_accel.select.window import Window
-from helpers.attention_cases import CASES, Case, every, expected, random, tolerance
+from helpers.attention_cases import CASES, Case, every, expected, random, tolerance, without
 from helpers.kernels import DEVICE
 
 from gen_accel.kernels.triton.config import Config  # isort: skip
@@ -130,6 +130,75 @@ def test_rows_that_agree_share_a_tile_and_others_do_not():
 def test_tiles_are_made_once_per_blocks():
     blocks = HELD[0].blocks()
     assert make_tiles(blocks, 1, 3, 128) is make_tiles(blocks, 1, 3, 128)
+
+
+# ---- blocks that are no powers of two ------------------------------------------------------------
+
+ODD = (
+    Case("120", random(2, 2, 0.5), 397, 397, heads=2, batch=2, block=(120, 120)),
+    Case("ends with a block", random(1, 2, 0.5), 330, 220, heads=2, block=(110, 110)),
+    Case("two tiles of keys", random(1, 2, 0.4), 300, 360, heads=2, block=(60, 72)),
+    Case("queries merge, keys are odd", random(1, 1, 0.5), 200, 220, heads=1, block=(64, 48)),
+    Case("whole rows off, odd", without(rows=slice(1, 3)), 500, 500, heads=1, block=(100, 100)),
+)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("case", ODD, ids=lambda c: c.name)
+def test_odd_blocks(case, tma, poison):
+    for keys in (128, 64):
+        rows = 128 if case.block[0] > 64 else 64
+        config = Config(rows, min(keys, 128 if case.block[1] > 64 else 64), 4, 2, tma, True)
+        out, lse = run(case, torch.bfloat16, config=config)
+        exact, exact_lse = expected(case, torch.bfloat16)
+        assert error(out, exact) <= tolerance(case, torch.bfloat16)
+        torch.testing.assert_close(lse.cpu(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rectified", "joint", "joint, 4 a block"])
+def test_odd_blocks_with_a_tail(kind, poison):
+    case = ODD[0]
+    q, k, v = (x.to(DEVICE) for x in case.tensors(torch.bfloat16))
+    blocks = case.blocks().to(DEVICE)
+    if kind == "rectified":
+        scores = block_scores(q, k, 120, 120, pooled=k.shape[1], scale=case.scale)
+        tail = rectify(v, blocks, scores, pooled=k.shape[1])
+    else:
+        tail = pool_keys(k, v, 120, per_block=4 if "4" in kind else 1)
+    out, lse = attend(q, k, v, blocks, case.scale, tail=tail, return_lse=True)
+    exact, exact_lse = attention(*(x.double() for x in (q, k, v)), blocks, case.scale, tail)
+    assert error(out, exact.cpu()) <= 0.02 * float(exact.abs().max())
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rim", ["mask", "whole"])
+def test_windows_on_tiles_of_120(rim, poison):
+    """What GNA plans for 5 x 30 x 52 tokens of Wan: no padding, and so full blocks."""
+    order, blocks = gna_plan(
+        (5, 12, 8), (5, 8, 4), (5, 4, 4), tile=(5, 6, 4), rim=rim, text=50, text_keys=20,
+        device=DEVICE,
+    )  # fmt: skip
+    assert blocks.block_q == 120 and blocks.mask("full").any()
+    check_rule(blocks, heads=1)
+
+
+def test_odd_blocks_store_in_the_models_order():
+    places = AxisPlaces.from_axes([(2, 0, 1), (1, 2, 0)], (3, 5, 7), 9, DEVICE)
+    case = Case("ordered", random(1, 2, 0.6), 134, 134, heads=2, block=(48, 48))
+    q, k, v = (x.to(DEVICE) for x in case.tensors(torch.bfloat16))
+    ordered = [prepare(x, places).transpose(1, 2) for x in (q, k, v)]
+    out, _ = attend(*ordered, case.blocks().to(DEVICE), case.scale)
+    stored, _ = attend(*ordered, case.blocks().to(DEVICE), case.scale, places=places)
+    assert torch.equal(stored, restore(out.transpose(1, 2), places))
+
+
+def test_odd_blocks_cut_the_scales_of_codes():
+    case = ODD[0]
+    q, k, v = (x.to(DEVICE) for x in case.tensors(torch.bfloat16))
+    with pytest.raises(ValueError, match="block_kv=120 with quantised keys.*block=128"):
+        block_sparse_attention(
+            q, k, v, case.blocks().to(DEVICE), impl="triton", precision="int8"
+        )  # fmt: skip
 
 
 # ---- windows -------------------------------------------------------------------------------------
@@ -317,7 +386,7 @@ def test_limits_name_the_way_out():
     q = torch.randn(1, 64, 1, 16, device=DEVICE)
     half = q.bfloat16()
     odd = Blocks.from_mask(
-        torch.ones(1, 1, 1, 1, dtype=torch.bool), q_len=64, kv_len=64, block_size=120
+        torch.ones(1, 1, 1, 1, dtype=torch.bool), q_len=64, kv_len=64, block_size=130
     ).to(DEVICE)
     rule = next(c for c in CASES if c.name == "causal")
     long = torch.randn(1, 401, 3, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -325,7 +394,7 @@ def test_limits_name_the_way_out():
     for arguments, message in [
         ((q, q, q, None), "float32: it computes in half precision; set precision='bf16'"),
         ((wide, wide, wide, None), "head_dim=320: it takes at most 256"),
-        ((half, half, half, odd), "block_q=120: it takes powers of two"),
+        ((half, half, half, odd), "block_q=130: it takes 16 to 128, and powers of two up to 1024"),
         (
             (long, long, long, rule.blocks().to(DEVICE)),
             "a mask_mod that is only a function: make it from",
