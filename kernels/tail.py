@@ -20,7 +20,8 @@ from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.pool import group_means
 
 GAPR = ("code", "paper")
-_NUMBERS = 1 << 20  # scores alive at a time
+_NUMBERS = 1 << 20  # scores alive at a time, to stay in the cache of a CPU
+_NUMBERS_ON_GPU = 1 << 26  # 256 MB in fp32; with fewer, it would wait for launches
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +177,7 @@ def block_scores(
     share = share / share.sum(-1, keepdim=True).clamp_min(1)
     video = queries.new_empty(*queries.shape[:2], rows, columns)
     text = queries.new_empty(*queries.shape[:2], rows)
-    step = max(1, _NUMBERS // (queries[:, :, 0, 0].numel() * bias.numel() * parts))
+    step = _rows_at_a_time(queries[:, :, 0, 0].numel() * bias.numel() * parts, q.device)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         mass = queries[:, :, first * parts : (first + step) * parts] @ key
@@ -187,6 +188,11 @@ def block_scores(
         mass = mass[..., : columns * parts]
         video[:, :, part] = mass.unflatten(-1, (-1, parts)).sum(-1) if parts > 1 else mass
     return BlockScores(video, text, gain, error)
+
+
+def _rows_at_a_time(scores: int, device: torch.device) -> int:
+    """Query blocks that are scored together, where each has that many scores."""
+    return max(1, (_NUMBERS if device.type == "cpu" else _NUMBERS_ON_GPU) // scores)
 
 
 def _parts(x: Tensor, size: int, number: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -269,7 +275,7 @@ def stand_in_attention(
     bias = torch.where(listed[..., None], -torch.inf, pooled.bias.view(-1, pooled.per_block))
     bias = bias.flatten(-2).to(q.dtype).expand(*q.shape[:2], -1, -1)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
-    rows = max(1, _NUMBERS // (q.shape[0] * q.shape[1] * number * blocks.block_q))
+    rows = _rows_at_a_time(q.shape[0] * q.shape[1] * number * blocks.block_q, q.device)
     for first in range(0, blocks.num_q_blocks, rows):
         part = slice(first * blocks.block_q, (first + rows) * blocks.block_q)
         x = q[:, :, part]

@@ -12,6 +12,7 @@ from gen_accel.kernels.pool import group_means
 from gen_accel.kernels.reference import attention
 from gen_accel.kernels.tail import block_scores, pool_keys, rectify
 from helpers.attention_cases import CASES
+from helpers.operations import operations
 
 B, H, D, BLOCK = 2, 3, 16, 8
 
@@ -268,6 +269,20 @@ def test_memory_budget_changes_nothing(numbers, monkeypatch):
     monkeypatch.setattr(tail_module, "_NUMBERS", numbers)
     for one, two in zip(tail_module.stand_in_attention(q, pooled, blocks, 0.3), expected):
         torch.testing.assert_close(one, two)
+
+
+def test_a_gpu_does_not_wait_for_launches():
+    """HunyuanVideo's 118,800 tokens; of the meta device, which computes nothing, as of a GPU."""
+    tokens, pooled, block = 118_800 + 256, 118_784, 128
+    q = torch.empty(1, tokens, 24, 128, dtype=torch.bfloat16, device="meta")
+    sizes = dict(pooled=pooled, scale=0.1, parts=4)
+    assert 50 < operations(lambda: block_scores(q, q, block, block, **sizes)) < 150
+    rows = -(-tokens // block)
+    lists = torch.empty(1, 24, rows, rows, dtype=torch.int32, device="meta")
+    blocks = Blocks(lists[..., 0], lists, tokens, tokens, block, block)
+    means = pool_keys(q[:, :pooled], q[:, :pooled], block)
+    queries = q.transpose(1, 2).float()
+    assert operations(lambda: tail_module.stand_in_attention(queries, means, blocks, 0.1)) < 1000
 
 
 @pytest.mark.parametrize("name", ["joint", "rectified"])
