@@ -195,9 +195,9 @@ class Blocks:
 
     def kept(self) -> Tensor:
         """`density` as a 0-D tensor where the lists are, for which nothing has to be waited for."""
-        kept = self.full_kv_num_blocks.double().mean()
+        kept = _mean(self.full_kv_num_blocks)
         if self.kv_num_blocks is not None:
-            kept = kept + self.kv_num_blocks.double().mean()
+            kept = kept + _mean(self.kv_num_blocks)
         return kept / self.num_kv_blocks
 
     def density(self) -> float:
@@ -229,6 +229,11 @@ class Blocks:
             kv_num_blocks=move(self.kv_num_blocks),
             kv_indices=move(self.kv_indices),
         )
+
+
+def _mean(counts: Tensor) -> Tensor:
+    # Apple's MPS has no fp64; a sum of integers is exact without it.
+    return counts.sum(dtype=torch.int64).float() / counts.numel()
 
 
 def _to_lists(mask: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
