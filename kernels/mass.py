@@ -60,7 +60,7 @@ def block_mass(
             return kernel.block_mass(q, k, lse, block, blocks, sampled, scale)
     rows = sample_rows(blocks, block, rows_per_block, q.device)
     per_block = rows.numel() // max(blocks, 1)
-    mass = torch.zeros(heads, blocks, blocks, device=q.device)
+    mass = q.new_zeros(heads, blocks, blocks, dtype=torch.float32)
     # Whole query blocks per chunk, so that a chunk reduces by a reshape.
     step = max(1, _CHUNK_ELEMENTS // max(1, k.shape[1] * per_block)) * per_block
     for sample in range(batch):
@@ -129,8 +129,8 @@ def order_statistics(
     homes.scatter_(1, permutations, (place // block).expand(orders, -1))
 
     shape = (heads, orders, blocks + 1, blocks)
-    mass = torch.zeros(shape, device=q.device)
-    below, peak = (torch.zeros(shape if eps else 0, device=q.device) for _ in range(2))
+    mass = q.new_zeros(shape, dtype=torch.float32)
+    below, peak = (q.new_zeros(shape if eps else 0, dtype=torch.float32) for _ in range(2))
     step = max(1, _CHUNK_ELEMENTS // k.shape[1])
     for start in range(0, rows.numel(), step):
         chunk = rows[start : start + step]

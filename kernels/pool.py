@@ -52,7 +52,7 @@ def group_means(
     tokens = x.shape[1]
     groups = -(-tokens // size)
     padding = groups * size - tokens
-    weight = torch.ones(tokens, device=x.device) if real is None else real.float()
+    weight = x.new_ones(tokens, dtype=torch.float32) if real is None else real.float()
     # One fp32 copy; fp64 keeps its digits.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if padding:

@@ -33,7 +33,7 @@ class AxisPlaces:
         device: torch.device | str = "cpu",
     ) -> AxisPlaces:  # fmt: skip
         """From the axes (0 frames, 1 height, 2 width) of each head, slowest first."""
-        strides = torch.empty(len(axes), 3, dtype=torch.int32)
+        strides = torch.empty(len(axes), 3, dtype=torch.int32, device="cpu")
         for head, order in enumerate(axes):
             for rank, axis in enumerate(order):
                 strides[head, axis] = math.prod(grid[a] for a in order[rank + 1 :])
