@@ -34,7 +34,8 @@ def keep_blocks(mass: Tensor, density: float, *, always: Tensor | None = None) -
     budget = round(density * heads * rows * cols) - int(keep.sum())
     if budget > 0:
         rest = mass.masked_fill(keep, -1.0).flatten()
-        keep.view(-1)[rest.topk(min(budget, rest.numel())).indices] = True
+        heaviest = rest.topk(min(budget, rest.numel()), sorted=False).indices
+        keep.view(-1)[heaviest] = True
     return keep
 
 

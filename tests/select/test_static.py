@@ -50,6 +50,16 @@ def test_always_is_kept_and_counts():
     assert keep.sum().item() == round(0.3 * keep.numel())
 
 
+def test_what_is_kept_is_the_head_of_the_sorted_blocks():
+    mass = random_mass().mul(50).round()  # many are equal
+    for density in (0.06, 0.2, 0.6):
+        keep = keep_blocks(mass, density)
+        forced = torch.zeros_like(keep).scatter_(-1, mass.argmax(-1, keepdim=True), True)
+        found, rest = (mass[x].sort(descending=True)[0] for x in (keep & ~forced, ~forced))
+        assert torch.equal(found, rest[: len(found)])
+        assert keep.sum().item() == round(density * keep.numel())
+
+
 def test_mass_kept_is_a_share():
     mass = random_mass()
     assert torch.allclose(mass_kept(mass, torch.ones_like(mass, dtype=torch.bool)), torch.ones(4))
