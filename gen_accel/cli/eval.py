@@ -34,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--metrics", help=f"names with commas between, or all ({DEFAULT})", **more)
     parser.add_argument("--output", metavar="DIR", help="folder (outputs/eval)", **more)
     parser.add_argument("--players", type=int, help="clips shown on the page (4)", **more)
-    parser.add_argument("--fps", type=float, help="of players, where no file says (8)", **more)
+    parser.add_argument(
+        "--fps", type=options.positive, help="of players, where no file says (8)", **more
+    )
     parser.add_argument("--device", metavar="X", help=options.OPTIONS["device"]["help"], **more)
     networks.add_options(parser)
 

@@ -44,7 +44,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--plan", metavar="FILE", help="plan written by calibrate", **more)
     parser.add_argument("--save-plan", metavar="FILE", help="keep the plan the run made", **more)
-    parser.add_argument("--fps", type=float, help="frames per second of the files (16)", **more)
+    parser.add_argument(
+        "--fps", type=options.positive, help="frames per second of the files (16)", **more
+    )
     parser.add_argument("--compare", action="store_true", help="render dense too", **more)
     parser.add_argument("--warmup", action="store_true", help="one untimed call first", **more)
 

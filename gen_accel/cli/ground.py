@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # refam.sigma=0.25 sets an argument of RefAMPipeline's call.
 SECTIONS = ("refam",)
 _SHARED = ("model", "seed", "dtype", "device", "cpu_offload")
-_OWN = ("image", "video", "expression", "seed", "sam", "self")
+# What has an option, or no way to be written in one.
+_OWN = ("self", "image", "video", "expression", "seed", "sam", "sink_rule")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,33 +38,34 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--sam", metavar="MODEL", help="SAM2 for the mask: folder or Hub id", **more
     )
-    parser.add_argument("--fps", type=float, help="frames per second of the files (16)", **more)
+    parser.add_argument(
+        "--fps", type=options.positive, help="frames per second (the input's, or 16)", **more
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer one expression; write overlay, mask, words and numbers."""
-    import inspect
-
     from gen_accel.cli import pipeline as shared
     from gen_accel.eval.files import check_writable, write_text
-    from gen_accel.eval.video import read_video, write_video
+    from gen_accel.eval.load import read_clip
+    from gen_accel.eval.video import to_uint8, write_video
     from gen_accel.pipelines.refam import RefAMPipeline
 
     folder = Path(getattr(args, "out", "outputs/ground"))
     check_writable(folder)
-    settings = args.sections["refam"]
-    known = [n for n in inspect.signature(RefAMPipeline.__call__).parameters if n not in _OWN]
-    options.check_names("setting refam.", settings, known)
+    settings = refam_settings(args)
     if not args.expression.strip():
         raise UsageError("an empty expression; name what to look for")
-    frames = read_video(args.input)
+    clip = read_clip(args.input)
+    frames = to_uint8(clip.frames)
     device = shared.device_of(args)
     sam = _segmenter(args, device)
     refam = RefAMPipeline.from_pipe(shared.load_pipeline(args, device))
     out = refam(
         video=frames, expression=args.expression, seed=getattr(args, "seed", 0), sam=sam, **settings
     )
-    suffix, fps = (".png", 16.0) if len(frames) == 1 else (".mp4", getattr(args, "fps", 16.0))
+    suffix = ".png" if len(frames) == 1 else ".mp4"
+    fps = getattr(args, "fps", clip.fps or 16.0)
     pictures = {
         "overlay": overlay(frames, out),
         "mask": _even(out.mask[:, None].float()),
@@ -77,6 +79,21 @@ def run(args: argparse.Namespace) -> int:
     frame, row, column = out.point
     print(f"frame {frame}, row {row}, column {column}; score {out.score:.2f}")
     return 0
+
+
+def refam_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of RefAMPipeline's call that the section ``refam`` gives, checked."""
+    import inspect
+
+    from gen_accel.cli.pipeline import check_settings
+    from gen_accel.pipelines.refam import RefAMPipeline
+
+    parameters = inspect.signature(RefAMPipeline.__call__).parameters
+    # A caption may be made by a function, which has no place in a command.
+    known = {n: str(p.annotation).replace("str | Any", "str | None")
+             for n, p in parameters.items() if n not in _OWN}  # fmt: skip
+    check_settings("refam", args.sections["refam"], known)
+    return args.sections["refam"]
 
 
 def overlay(frames: Tensor, out: RefAMOutput) -> Tensor:

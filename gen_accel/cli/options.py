@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,16 +15,34 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message is one line and says what to do."""
 
 
+def whole(text: str) -> int:
+    """A whole number from 1, as the type of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive whole number")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0, as the type of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
+    return value
+
+
 # Name -> keywords of add_argument. Names are those of the diffusers pipelines.
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"help": "checkpoint: a folder written by save_pretrained, or a Hub id"},
     "prompt": {"action": "append", "help": "what to show; may be given several times"},
     "prompts": {"metavar": "FILE", "help": "text file with one prompt per line"},
     "negative_prompt": {"help": "what to avoid"},
-    "height": {"type": int, "help": "pixels"},
-    "width": {"type": int, "help": "pixels"},
-    "num_frames": {"type": int, "help": "frames of the video"},
-    "num_inference_steps": {"type": int, "help": "denoising steps"},
+    "height": {"type": whole, "help": "pixels"},
+    "width": {"type": whole, "help": "pixels"},
+    "num_frames": {"type": whole, "help": "frames of the video"},
+    "num_inference_steps": {"type": whole, "help": "denoising steps"},
     "guidance_scale": {"type": float, "help": "classifier-free guidance"},
     "seed": {"type": int, "help": "seed of the noise, the same for every prompt (default 0)"},
     "dtype": {

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,17 @@ PROCESSORS = {
     for name in gen_accel.__all__
     if name.endswith("Processor")
 }
+# Parts of annotations: what they hold, and how that is called.
 _KINDS: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "float": ((int, float), "a number"),
     "int": (int, "a whole number"),
-    "int | None": ((int, type(None)), "a whole number"),
-    "str": (str, "a name"),
+    "str": (str, "text"),
+    "dict[str, Any]": (dict, "names and values"),
+    "None": (type(None), "null"),
 }
+_ITEMS = {"Sequence[bool]": "bool", "Sequence[int]": "int", "Sequence[str]": "str",
+          "tuple[int, ...]": "int"}  # fmt: skip
 
 
 def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> Policy | None:
@@ -63,13 +68,37 @@ def processor_settings() -> set[str]:
     return {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
 
 
+def check_settings(section: str, given: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """Raise `UsageError` for a setting of another name or type.
+
+    Args:
+        section: Stands before the dot.
+        given: Name -> value.
+        known: Name -> annotation.
+    """
+    check_names(f"setting {section}.", given, known)
+    for name, value in given.items():
+        _check_type(f"{section}.{name}", value, known[name])
+
+
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Values come from YAML, where ``0.2x`` is a string; simple fields say what they hold."""
-    if annotation not in _KINDS:
+    """Values come from YAML, where ``0.2x`` is a string; simple annotations say what they hold."""
+    parts = annotation.split(" | ")
+    if not all(part in _KINDS or part in _ITEMS for part in parts):
         return
-    kind, expected = _KINDS[annotation]
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+    if not any(_holds(part, value) for part in parts):
+        expected = " or ".join(
+            f"a list, each {_KINDS[_ITEMS[part]][1]}" if part in _ITEMS else _KINDS[part][1]
+            for part in parts
+        )
         raise UsageError(f"{name}={value!r}: expected {expected}")
+
+
+def _holds(part: str, value: Any) -> bool:
+    if part in _ITEMS:
+        return isinstance(value, list | tuple) and all(_holds(_ITEMS[part], x) for x in value)
+    kind = _KINDS[part][0]
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _check_carrier(impl: str) -> None:

@@ -45,7 +45,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--densities", help=f"to try; with --search ({LADDER})", **more)
     parser.add_argument("--search", action="store_true", help="find the sparsest", **more)
     parser.add_argument("--output", metavar="DIR", help="folder (outputs/verdict)", **more)
-    parser.add_argument("--fps", type=float, help="frames per second of the page (8)", **more)
+    parser.add_argument(
+        "--fps", type=options.positive, help="frames per second of the page (8)", **more
+    )
     networks.add_options(parser)
 
 

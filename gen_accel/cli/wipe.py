@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
     from gen_accel.pipelines.wipe_setting import WipeSetting
 
+log = logging.getLogger("gen_accel")
+
 # wipe.steps=28 sets an option of WipeSetting, effects.contrast=5 one of EffectSetting.
-SECTIONS = ("wipe", "effects", "processor")
+SECTIONS = ("wipe", "effects", "processor", "refam")
 _SHARED = ("model", "negative_prompt", "seed", "dtype", "device", "cpu_offload")
 
 
@@ -27,8 +30,8 @@ def add_parser(subparsers: Any) -> None:
         help="remove an object and its shadow or reflection from a video",
         description=__doc__,
         epilog="wipe.NAME=VALUE sets an option of WipeSetting, effects.NAME=VALUE one of "
-        "EffectSetting, processor.NAME=VALUE one of the processor. Beside the result stand "
-        "NAME.masks.png and NAME.compare.mp4.",
+        "EffectSetting, processor.NAME=VALUE one of the processor, refam.NAME=VALUE one of what "
+        "answers --expression. Beside the result stand NAME.masks.png and NAME.compare.mp4.",
     )
     options.add(parser, *_SHARED)
     more: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -43,8 +46,12 @@ def add_parser(subparsers: Any) -> None:
         "--query", metavar="W,W", help="words of the prompt for the object and its effects", **more
     )
     parser.add_argument("--out", metavar="FILE", help="the result (outputs/wiped.mp4)", **more)
-    parser.add_argument("--fps", type=float, help="frames per second of the files (16)", **more)
-    parser.add_argument("--max-sequence-length", type=int, metavar="N", help="text tokens", **more)
+    parser.add_argument(
+        "--fps", type=options.positive, help="frames per second (the input's, or 16)", **more
+    )
+    parser.add_argument(
+        "--max-sequence-length", type=options.whole, metavar="N", help="text tokens", **more
+    )
     parser.add_argument(
         "--processor", metavar="NAME", help="also run sparse: paro, sparse, ... (none)", **more
     )
@@ -53,27 +60,34 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Wipe one clip; write it, the masks and a comparison."""
     from gen_accel.cli import pipeline as shared
-    from gen_accel.eval.files import check_writable
-    from gen_accel.eval.video import read_video, side_by_side, write_video
+    from gen_accel.cli.ground import refam_settings
+    from gen_accel.eval.load import read_clip
+    from gen_accel.eval.video import side_by_side, to_uint8, write_video
 
     out = Path(getattr(args, "out", "outputs/wiped.mp4"))
-    check_writable(out.parent)
     texts = {name: _text(args, name) for name in ("prompt", "target_prompt", "query")}
     query = tuple(word.strip() for word in texts["query"].split(",") if word.strip())
     if hasattr(args, "mask") == hasattr(args, "expression"):
         raise UsageError("give --mask FILE or --expression TEXT, one of the two")
+    expression = _text(args, "expression") if hasattr(args, "expression") else None
+    if refam_settings(args) and expression is None:
+        raise UsageError("refam. settings are for --expression TEXT, and a mask is given")
     setting = _setting(args)
+    if hasattr(args, "negative_prompt") and setting.true_cfg_scale == 1:
+        log.warning("--negative-prompt does nothing at wipe.true_cfg_scale=1; give a larger one")
     processor = shared.make_processor(
         getattr(args, "processor", "none"), args.sections["processor"], None
     )
-    video = read_video(args.video)[:, :3]
-    mask = _mask(args.mask) if hasattr(args, "mask") else None
+    clip = read_clip(args.video)
+    video = to_uint8(clip.frames)
+    _check_target(out, len(video))
+    mask = _mask(args.mask) if expression is None else None
     pipe = shared.load_pipeline(args, shared.device_of(args))
-    if mask is None:
-        mask = _from_expression(pipe, video, args.expression)
+    if expression is not None:
+        mask = _from_expression(args, pipe, video, expression)
     result = _wipe(args, pipe, processor, video, mask, texts, query, setting)
 
-    fps = getattr(args, "fps", 16.0)
+    fps = getattr(args, "fps", clip.fps or 16.0)
     write_video(out, result.frames[0], fps=fps)
     beside = {
         "masks.png": preview(video, result.foreground_mask[0], result.effect_mask[0]),
@@ -150,22 +164,35 @@ def _wipe(
 
 
 def _setting(args: argparse.Namespace) -> WipeSetting:
+    from gen_accel.cli.pipeline import check_settings
     from gen_accel.pipelines.effects import EffectSetting
     from gen_accel.pipelines.wipe_setting import WipeSetting
 
     given = {}
     for section, kind in (("effects", EffectSetting), ("wipe", WipeSetting)):
         values = args.sections[section]
-        known = {field.name for field in dataclasses.fields(kind)} - {"effects"}
-        options.check_names(f"setting {section}.", values, known)
+        known = {f.name: str(f.type) for f in dataclasses.fields(kind) if f.name != "effects"}
+        check_settings(section, values, known)
         given[section] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
-    try:
-        return WipeSetting(**given["wipe"], effects=EffectSetting(**given["effects"]))
-    except TypeError as error:  # a text where a number belongs
-        raise UsageError(f"wipe. and effects. settings: {error}") from error
+    return WipeSetting(**given["wipe"], effects=EffectSetting(**given["effects"]))
+
+
+def _check_target(out: Path, frames: int) -> None:
+    """Raise what writing the result would, before the work for it begins."""
+    from gen_accel.eval.files import check_writable
+    from gen_accel.eval.video import FORMATS
+
+    suffix = out.suffix.lower()
+    check_writable(out.parent)
+    if suffix not in (".mp4", ".gif", ".npy", ".png", ""):
+        raise UsageError(f"--out {out}: unknown format {out.suffix!r}; use {FORMATS}")
+    if suffix == ".png" and frames != 1:
+        raise UsageError(f"--out {out}: a PNG holds one frame, the video has {frames}; use .mp4")
+    if out.is_dir() and (suffix or any(out.iterdir())):
+        raise UsageError(f"--out {out}: a folder is there already; name another file or folder")
 
 
 def _mask(path: str) -> Tensor:
@@ -175,10 +202,12 @@ def _mask(path: str) -> Tensor:
     return read_video(path).float().mean(1) > 127
 
 
-def _from_expression(pipe: Any, video: Tensor, expression: str) -> Tensor:
+def _from_expression(args: argparse.Namespace, pipe: Any, video: Tensor, expression: str) -> Tensor:
     from gen_accel.pipelines.refam import ground_video
 
-    return ground_video(pipe, video, expression)
+    call = {"max_sequence_length": getattr(args, "max_sequence_length", None)}
+    call |= args.sections["refam"]
+    return ground_video(pipe, video, expression, seed=getattr(args, "seed", 0), **call)
 
 
 def _text(args: argparse.Namespace, name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from gen_accel.cli.bench import ground_checks, ground_score
 from gen_accel.cli.main import main
 from gen_accel.eval.harness import read_rows
+from gen_accel.eval.load import read_clip
 from gen_accel.eval.toys import MODELS
 from gen_accel.eval.video import read_video, write_video
 from gen_accel.eval.world.render import render
@@ -23,8 +24,8 @@ def clip():
 
 
 def test_a_clip_and_its_files(clip, tmp_path, capsys):
-    source = tmp_path / "in.npy"
-    write_video(source, torch.from_numpy(clip.video).movedim(-1, 1))
+    source = tmp_path / "in.mp4"
+    write_video(source, torch.from_numpy(clip.video).movedim(-1, 1), fps=24)
     colour = clip.scene.things[0].colour
     call = ["ground", str(source), f"the {colour} object", "--model", TOY_MODEL]
     assert main([*call, "--out", str(tmp_path / "out"), "refam.draws=2"]) == 0
@@ -34,6 +35,7 @@ def test_a_clip_and_its_files(clip, tmp_path, capsys):
     point = tuple(facts["point"].values())
     assert clip.objects[0][point]
     assert read_video(tmp_path / "out" / "overlay.mp4").shape == (9, 3, 32, 32)
+    assert read_clip(tmp_path / "out" / "overlay.mp4").fps == 24  # the input's
     assert (tmp_path / "out" / "mask.mp4").is_file()
     assert read_video(tmp_path / "out" / "words.mp4").shape[3] >= 3 * 32
 
@@ -55,6 +57,13 @@ def test_a_picture_gives_pictures(clip, tmp_path):
         (["{png}", "  "], "an empty expression"),
         (["{png}", "of the"], "stop words only"),
         (["{png}", "the ball", "refam.sigmas=1"], "did you mean sigma"),
+        (["{png}", "the ball", "refam.sigma=abc"], "sigma='abc': expected a number or null"),
+        (["{png}", "the ball", "refam.layers=3"], "expected text or a list, each a whole number"),
+        (["{png}", "the ball", "refam.draws=two"], "draws='two': expected a whole number"),
+        (["{png}", "the ball", "refam.prompt_template=foo"], "expected names and values or null"),
+        (["{png}", "the ball", "refam.caption=2024-01-01"], "expected text or null"),
+        (["{png}", "the ball", "refam.sink_rule=3"], "unknown setting refam. 'sink_rule'"),
+        (["{png}", "the ball", "--fps=0"], "'0' must be a positive number"),
         (["{png}", "the ball", "--sam", "{none}"], "--sam"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gen_accel.cli import pipeline as shared
 from gen_accel.cli.bench.wipe import (
     REMOVED,
     _dilated,
@@ -19,9 +20,11 @@ from gen_accel.cli.bench.wipe import (
 from gen_accel.cli.bench.wipe_table import spearman, tables
 from gen_accel.cli.main import main
 from gen_accel.cli.wipe import painted, preview
+from gen_accel.eval.load import read_clip
 from gen_accel.eval.toys import MODELS
 from gen_accel.eval.video import read_video, write_video
 from gen_accel.eval.world.render import render
+from gen_accel.pipelines import refam
 
 MODEL = MODELS / "toy-hunyuan-video"
 PROMPT = "a red circle with a shadow on a plain background"
@@ -68,7 +71,10 @@ def test_wipe_writes_the_clip_the_masks_and_a_comparison(clip, capsys):
         (["effects.rule=mean"], "choose one of otsu"),
         (["--query", "ball"], "not in the prompt"),
         (["--target-prompt", " "], "--target-prompt is missing"),
-        (["wipe.steps=many"], "settings"),
+        (["wipe.steps=many"], "wipe.steps='many': expected a whole number"),
+        (["wipe.true_cfg_scale=x"], "wipe.true_cfg_scale='x': expected a number"),
+        (["wipe.value_layers=3"], "value_layers=3: expected a list, each a whole number or null"),
+        (["refam.draws=2"], "for --expression"),
     ],
 )
 def test_bad_options_are_one_line(clip, capsys, change, message):
@@ -76,6 +82,65 @@ def test_bad_options_are_one_line(clip, capsys, change, message):
     said = capsys.readouterr().err.strip()
     assert message in said
     assert said.count("\n") == 0 or said.splitlines()[-1].startswith("gen-accel: error")
+
+
+def refuse(*_):
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--out", "{clip}/w.avi"], "unknown format '.avi'; use .mp4"),
+        (["--out", "{clip}/w.png"], "a PNG holds one frame, the video has 9"),
+        (["--out", "{clip}/mask"], "a folder is there already"),
+        (["--out", "{clip}/in.npy/w.mp4"], "cannot write to"),
+        (["--fps", "-1"], "argument --fps: '-1' must be a positive number"),
+        (["--fps", "0"], "argument --fps: '0' must be a positive number"),
+        (["--max-sequence-length", "0"], "'0' must be a positive whole number"),
+    ],
+)
+def test_outputs_are_checked_before_the_model_is_loaded(clip, capsys, monkeypatch, change, message):
+    monkeypatch.setattr(shared, "load_pipeline", refuse)
+    assert main(command(clip, *(word.format(clip=clip) for word in change))) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def expressed(clip, *more):
+    words = command(clip, *more)
+    at = words.index("--mask")
+    return [*words[:at], "--expression", "the circle", *words[at + 2 :]]
+
+
+def test_an_expression_is_asked_with_the_same_options(clip, capsys, monkeypatch):
+    asked = {}
+
+    def answer(pipe, video, expression, **call):
+        asked.update(call, expression=expression)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(shared, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(refam, "ground_video", answer)
+    assert main(expressed(clip, "--seed", "7", "refam.draws=2")) == 2
+    assert "enough" in capsys.readouterr().err
+    assert asked == {
+        "expression": "the circle", "seed": 7, "max_sequence_length": 32, "draws": 2,
+    }  # fmt: skip
+    assert main(expressed(clip, "refam.draws=two")) == 2
+    assert "refam.draws='two': expected a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (MODEL / "model_index.json").is_file(), reason="a wheel has no models")
+def test_a_clip_keeps_its_speed(clip, caplog):
+    write_video(clip / "in.mp4", read_video(clip / "in.npy"), fps=24)
+    words = command(clip, "--negative-prompt", "blurred")
+    words[1] = str(clip / "in.mp4")
+    assert main(words) == 0
+    assert read_clip(clip / "out.mp4").fps == read_clip(clip / "out.compare.mp4").fps == 24
+    assert "--negative-prompt does nothing at wipe.true_cfg_scale=1" in caplog.text
+    assert main([*words, "--fps", "8"]) == 0
+    assert read_clip(clip / "out.mp4").fps == 8
 
 
 def test_painted_masks_are_seen():
