@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks, Intervals
+from gen_accel.kernels.route import to_lists
 
 # Time of a key block in a 64-row tile against half of one in a 128-row tile: it reads the keys for
 # half as many queries, and one warp group has nobody to overlap its softmax with. A guess.
@@ -127,28 +128,8 @@ def _lists(blocks: Blocks, rows: int) -> _Lists:
     bits.masked_fill_(all_see, 0)
     width = blocks.full_kv_indices.shape[-1]
     more = 0 if blocks.kv_indices is None else blocks.kv_indices.shape[-1]
-    counts, lists, _ = _compact(all_see, width)
-    rules = _compact(bits != 0, min(blocks.num_kv_blocks, group * (width + more)), bits)
-    return _Lists(group, counts, lists, *rules)
-
-
-def _compact(
-    mask: Tensor, width: int, value: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts and ascending indices of the set columns, and their values; nothing is waited for."""
-    column = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(mask)
-    counts = mask.sum(-1, dtype=torch.int32)
-    lists = torch.zeros(*mask.shape[:-1], width + 1, dtype=torch.int32, device=mask.device)
-    values = lists if value is None else torch.zeros_like(lists)
-    # The scatter needs 64-bit places: one head at a time, or they outweigh all lists.
-    for b in range(mask.shape[0]):
-        for h in range(mask.shape[1]):
-            listed = mask[b, h]
-            place = torch.where(listed, listed.cumsum(-1) - 1, width).clamp_(max=width)
-            lists[b, h].scatter_(-1, place, column[b, h])
-            if value is not None:
-                values[b, h].scatter_(-1, place, value[b, h])
-    return counts, lists[..., :width].contiguous(), values[..., :width].contiguous()
+    ruled, rules = to_lists(bits != 0, min(blocks.num_kv_blocks, group * (width + more)))
+    return _Lists(group, *to_lists(all_see, width), ruled, rules, bits.gather(-1, rules.long()))
 
 
 def _queue(
@@ -183,11 +164,11 @@ def listed_bits(blocks: Blocks) -> Tensor:
     """int32 ``[B|1, H|1, nQ, ceil(nKV / 32)]``: bit j % 32 of word j // 32 is key block j."""
     if blocks not in _bits:
         mask = blocks.mask()
-        mask = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))
-        words = torch.zeros(mask.shape[:-1], dtype=torch.int32, device=mask.device)
-        for bit in range(32):
-            words |= mask[..., bit].int() << bit
-        _bits[blocks] = words
+        mask = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 8))
+        bit = torch.arange(8, dtype=torch.uint8, device=mask.device)
+        # Bytes make words by themselves: the lowest stands first.
+        octets = (mask.view(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
+        _bits[blocks] = octets.view(torch.int32)
     return _bits[blocks]
 
 

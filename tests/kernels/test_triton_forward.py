@@ -17,10 +17,11 @@ from gen_accel.select.gna import gna_plan
 from gen_accel.select.window import Window
 from helpers.attention_cases import CASES, Case, every, expected, random, tolerance, without
 from helpers.kernels import DEVICE
+from helpers.operations import operations
 
 from gen_accel.kernels.triton.config import Config  # isort: skip
 from gen_accel.kernels.triton.launch import attend  # isort: skip
-from gen_accel.kernels.triton.tiles import make_tiles, pack  # isort: skip
+from gen_accel.kernels.triton.tiles import listed_bits, make_tiles, pack  # isort: skip
 
 # The kernel evaluates intervals, not functions.
 HELD = [case for case in CASES if case.mask_mod is None]
@@ -130,6 +131,29 @@ def test_rows_that_agree_share_a_tile_and_others_do_not():
 def test_tiles_are_made_once_per_blocks():
     blocks = HELD[0].blocks()
     assert make_tiles(blocks, 1, 3, 128) is make_tiles(blocks, 1, 3, 128)
+
+
+def test_tiles_take_as_many_launches_for_any_number_of_heads():
+    tokens, rows = 16_384, 256
+
+    def launches(heads):  # of the meta device, which computes nothing, as of a GPU
+        lists = torch.empty(1, heads, rows, rows, dtype=torch.int32, device="meta")
+        blocks = Blocks(lists[..., 0], lists, tokens, tokens, 64, 64)
+        tiles = operations(lambda: make_tiles(blocks, 1, heads, 128))
+        return tiles, operations(lambda: listed_bits(blocks))
+
+    tiles, bits = launches(40)
+    assert (tiles, bits) == launches(1)
+    assert tiles <= 100 and bits <= 20
+
+
+def test_bits_say_which_blocks_are_listed():
+    mask = torch.rand(2, 3, 5, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    blocks = Blocks.from_mask(mask, q_len=80, kv_len=1120, block_size=16)
+    words = listed_bits(blocks)
+    assert words.dtype == torch.int32 and words.shape == (2, 3, 5, 3)
+    column = torch.arange(70)
+    assert torch.equal(words[..., column // 32] >> column % 32 & 1, mask.int())
 
 
 # ---- blocks that are no powers of two ------------------------------------------------------------
