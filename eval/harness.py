@@ -194,6 +194,19 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def newest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of each measurement, in the order in which they first came.
+
+    A measurement is a kind, a device, the ``case`` and ``part`` of ``config``, and a name.
+    """
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        config = row["config"]
+        known = row["kind"], row["device"], config["case"], config["part"], row["name"]
+        latest[known] = dict(row)
+    return list(latest.values())
+
+
 def device_name(device: torch.device | str = "cpu") -> str:
     """Name of the hardware, e.g. ``"cpu: AMD EPYC 9R14, 2 threads"``."""
     device = torch.device(device)

@@ -10,9 +10,12 @@ import torch
 from gen_accel.cli.bench import kernel_pieces, tune
 from gen_accel.cli.bench.kernel import SUITES, Case, Suite
 from gen_accel.cli.bench.kernel_pieces import Piece, _poisoned, relative
+from gen_accel.cli.bench.kernel_table import kernel_page
 from gen_accel.cli.main import main
-from gen_accel.eval.harness import append_rows, read_rows
+from gen_accel.eval.harness import Timing, append_rows, read_rows
+from gen_accel.forecast import read_rates
 from gen_accel.kernels import gather
+from gen_accel.kernels.quant import PRECISIONS
 
 # A ragged end, text that shares a block with the video, three rounds.
 CASE = Case("tiny", (2, 7, 7), 9, 3, dim=16, block=16)
@@ -91,10 +94,118 @@ def test_a_wrong_result_has_no_time(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gather, "run", wrong)
     assert bench(tmp_path) == 1
     assert "WRONG: error" in capsys.readouterr().out
-    names = {row["name"] for row in read_rows(tmp_path / "r.jsonl")}
-    assert "gather" in names and "gather, all blocks listed" not in names
-    parts = {row["config"]["part"] for row in read_rows(tmp_path / "r.jsonl")}
-    assert parts == {"dense", "around"}
+    rows = read_rows(tmp_path / "r.jsonl")
+    timed = {(row["config"]["part"], row["name"]) for row in rows if row["value"] is not None}
+    assert ("dense", "gather") in timed and ("dense", "gather, all blocks listed") not in timed
+    assert {part for part, _ in timed} == {"dense", "around"}
+    wrong = [row for row in rows if row["value"] is None]
+    assert len(wrong) == 1 + 2 * (3 + 1)
+    assert all(r["config"]["wrong"].startswith("error ") and r["n"] == 0 for r in wrong)
+
+
+def test_a_wrong_result_is_not_forgotten(tiny, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    words = ["--parts=dense,realistic", f"--table={page}"]
+    assert bench(tmp_path, *words) == 0
+    assert "WRONG" not in page.read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(gather, "run", lambda call: (torch.zeros_like(call.q), None))
+        _age(tmp_path / "r.jsonl")
+        assert bench(tmp_path, "--again", *words) == 1
+    capsys.readouterr()
+    assert bench(tmp_path, *words) == 1
+    assert "tiny, dense: gather WRONG: error 1.0e+00" in capsys.readouterr().out
+    # No earlier time stands in for it.
+    assert "| dense | 1.000 | gather | WRONG: error 1.0e+00" in page.read_text()
+    assert page.read_text().count("| gather") == page.read_text().count("WRONG")
+    read_rates(read_rows(tmp_path / "r.jsonl"))
+
+
+def test_each_device_has_its_table(tiny, tmp_path):
+    assert bench(tmp_path, "--parts=dense") == 0
+    rows = read_rows(tmp_path / "r.jsonl")
+    both = [{**row, "device": "cuda: other"} for row in rows] + rows
+    text = kernel_page(both)
+    assert "## tiny, cuda: other" in text and text.count("\n| dense") == 2 * len(rows)
+    assert "## tiny\n" in kernel_page(rows)
+
+
+def test_again_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Piece, "measure", _measured)
+    assert bench(tmp_path) == 0
+    _age(tmp_path / "r.jsonl")
+    ticks = iter([0.0, 0.0, *[1e9] * 99])  # the first piece alone is in time
+    with monkeypatch.context() as patched:
+        patched.setattr("gen_accel.cli.bench.kernel.time.monotonic", lambda: next(ticks))
+        assert bench(tmp_path, "--again") == 0
+    (tmp_path / "r.jsonl.again").write_text("2021-01-01T00:00:00+00:00\n")
+    capsys.readouterr()
+    assert bench(tmp_path, "--again") == 0
+    said = capsys.readouterr().out
+    assert "--again goes on with what began" in said
+    assert "tiny, dense\n" not in said and "tiny, around\n" in said
+    assert not (tmp_path / "r.jsonl.again").exists()
+
+
+def _age(path):
+    rows = [{**row, "time": "2020-01-01T00:00:00+00:00"} for row in read_rows(path)]
+    path.unlink()
+    append_rows(path, rows)
+
+
+def _measured(piece, seconds):
+    piece.errors = {c.name: 0.0 for c in piece.candidates}
+    piece.timings = {c.name: Timing((1.0,)) for c in piece.candidates}
+
+
+FAULTS = {
+    "a key beyond the end counts": lambda k, v, b: (
+        *(torch.cat([x, torch.zeros_like(x[:, :112])], 1) for x in (k, v)), b
+    ),
+    "the last key is missed": lambda k, v, b: (k[:, :-1], v[:, :-1], b),
+    "the last block in each list is missed": lambda k, v, b: (k, v, _less(b)),
+}  # fmt: skip
+
+
+def _less(blocks):
+    return replace(blocks, full_kv_num_blocks=(blocks.full_kv_num_blocks - 1).clamp_min(1))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("precision", ["", "int8", "int8+int8"])
+def test_faults_with_keys_are_noticed(fault, precision):
+    # As many tokens as a short clip has, of which the sample's rows alone are computed.
+    case = Case("long", (4, 30, 52), 0, 4, dim=64, block=128)
+    piece = Piece(replace(TINY, cases=(case,)), case, "dense", 3)
+    sparse = piece.blocks("realistic", 0.2)
+    options = {"precision": PRECISIONS[precision]} if precision else {}
+    for blocks in (None, sparse):
+        if fault.startswith("the last block") and blocks is None:
+            continue
+        if precision and "beyond" in fault:
+            continue  # their mean is subtracted; see Piece.plant
+        allowed = piece.lossy(precision, blocks, None) if precision else piece.allowed()
+        assert allowed < (0.1 if precision else 0.02)
+        k, v, spoiled = FAULTS[fault](piece.k, piece.v, blocks)
+        if spoiled is not None and k.shape != piece.k.shape:
+            spoiled = replace(spoiled, kv_len=k.shape[1])
+        out = piece.sample.right(piece.q, k, v, spoiled, None, piece.scale, **options)
+        assert piece._off(out, blocks) > allowed
+
+
+def test_nan_anywhere_is_noticed(tiny, tmp_path, monkeypatch, capsys):
+    right = gather.run
+
+    def patchy(call):
+        out, lse = right(call)
+        sample = Piece(TINY, CASE, "dense", 0).sample
+        for token in set(range(107)) - set(sample.tokens("cpu").tolist()):
+            out[:, token] = torch.nan
+        return out, lse
+
+    monkeypatch.setattr(gather, "run", patchy)
+    assert bench(tmp_path, "--parts=dense") == 1
+    assert "WRONG: error nan" in capsys.readouterr().out
 
 
 def test_memory_nobody_wrote_is_noticed(tiny, tmp_path, monkeypatch, capsys):
@@ -205,12 +316,12 @@ def test_smoke_runs_the_triton_kernel(tmp_path, capsys):
     assert "triton, joint tail" in {row["name"] for row in rows}
     mine = [row for row in rows if row["config"]["part"].startswith("quantised")]
     names = ["triton", "triton, int8+int8", "triton, int8+int8, codes given"]
-    assert [row["name"] for row in mine] == 2 * names
-    assert [row["config"]["part"] for row in mine[::3]] == ["quantised dense", "quantised 0.3"]
+    ordering = [f"{name}, from the model's order" for name in names[:2]]
+    assert [row["name"] for row in mine] == [*names, *names, *ordering]
+    parts = [row["config"]["part"] for row in mine]
+    assert parts == 3 * ["quantised dense"] + 5 * ["quantised 0.3"]
     assert all(1e-3 < row["config"]["error"] < 0.05 for row in mine if "int8" in row["name"])
-    from gen_accel.cli.bench.kernel_table import kernel_page
-
-    assert kernel_page(rows).count("int8+int8") == 4
+    assert kernel_page(rows).count("int8+int8") == 5
 
 
 def test_torch_is_all_it_needs(tmp_path):
@@ -271,6 +382,19 @@ def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out == f"{out}: 4 entries\n"
+    # Again: what others have stays, and what was made since it began is not made twice.
+    old = "2020-01-01T00:00:00+00:00"
+    other = {**entries[0], "key": {**entries[0]["key"], "capability": 100}}
+    wide = {**entries[0]["config"], "together": True, "programs": 2}
+    other = {**other, "config": wide, "time": old}
+    out.write_text(configs.dump([other, *({**e, "time": old} for e in entries[:3]), entries[3]]))
+    (tmp_path / "tuned.json.again").write_text("2021-01-01T00:00:00+00:00")
+    assert main([*command, "--again"]) == 0
+    found = configs.read(out)
+    assert [found[0], found[1]] == [other, entries[3]]
+    assert len(found) == 5 and all(e["time"] > old for e in found[2:])
+    assert not (tmp_path / "tuned.json.again").exists()
+    capsys.readouterr()
     out.unlink()
     assert main([*command, "--limit=0"]) == 0
     assert capsys.readouterr().out.endswith("time was up: 4; run the command again\n")

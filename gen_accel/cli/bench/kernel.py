@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gen_accel.cli.bench.again import Again
 from gen_accel.cli.bench.options import add, list_of
 
 
@@ -114,12 +115,16 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or f"eval/results/kernel_{args.suite}.jsonl")
     check_writable(out.parent)
     ends = time.monotonic() + args.limit
-    good, late = True, []
+    again = Again(out, args.again)
+    good, broken, late = True, False, []
     for number, (case, part) in enumerate(_pieces(suite)):
         if args.parts and part.split()[0] not in args.parts:
             continue
-        rows = read_rows(out) if out.exists() and not args.again else []
-        if any(_is_result_of(row, args.suite, case, part, suite.device) for row in rows):
+        rows = read_rows(out) if out.exists() else []
+        here = partial(_is_result_of, suite=args.suite, case=case, part=part, device=suite.device)
+        known = [row for row in rows if again.counts(row) and here(row)]
+        if known:
+            good &= told_wrong(known)
             continue
         left = ends - time.monotonic()
         if left <= 0:
@@ -132,8 +137,9 @@ def run(args: argparse.Namespace) -> int:
             append_rows(out, piece.rows(args.suite))
         del piece
         if not free_gpu():
-            good = False
+            good, broken = False, True
             break
+    again.end(bool(late) or broken)
     for name in late:
         print(f"not measured, time was up: {name}; run the command again")
     rows = read_rows(out) if out.exists() else []
@@ -143,6 +149,17 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and rows:
         write_text(args.plot, kernel_plot(rows))
     return 0 if good else 1
+
+
+def told_wrong(rows: list[dict[str, Any]]) -> bool:
+    """Say which of a piece's newest rows are wrong; whether none is."""
+    from gen_accel.eval.harness import newest
+
+    wrong = [row for row in newest(rows) if "wrong" in row["config"]]
+    for row in wrong:
+        config = row["config"]
+        print(f"{config['case']}, {config['part']}: {row['name']} WRONG: {config['wrong']}")
+    return not wrong
 
 
 def prepare_run(suites: Mapping[str, Suite], name: str) -> Suite:

@@ -11,7 +11,7 @@ from gen_accel.cli.bench.kernel_pieces import Candidate, Piece, relative
 if TYPE_CHECKING:
     from torch import Tensor
 
-_AXES = tuple(itertools.permutations(range(3)))
+AXES = tuple(itertools.permutations(range(3)))
 
 
 def around(piece: Piece) -> list[Candidate]:
@@ -25,7 +25,7 @@ def around(piece: Piece) -> list[Candidate]:
 
     case, heads, device = piece.case, piece.sample.heads, piece.suite.device
     q, k, v = piece.q, piece.k, piece.v
-    axes = [order for order, _ in zip(itertools.cycle(_AXES), range(case.heads))]
+    axes = [order for order, _ in zip(itertools.cycle(AXES), range(case.heads))]
     places = AxisPlaces.from_axes(axes, case.grid, 0, device)
     angle = torch.rand(case.video, case.dim // 2, generator=piece.generator, device=device)
     rope = Rope(angle.cos(), angle.sin())

@@ -2,28 +2,31 @@
 
 A result has to be right before it is timed: some query blocks of some heads are compared with the
 definition in fp64, on data nobody has seen before, with all memory that nobody wrote filled with
-NaN.
+NaN, and all of it has to be finite. On random data nobody would miss a key: see `Piece.plant`.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gen_accel.cli.bench.kernel_sample import Sample
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from gen_accel.cli.bench.kernel import Case, Suite
     from gen_accel.eval.harness import Timing
     from gen_accel.kernels.blocks import Blocks
+    from gen_accel.kernels.quant import Precision
     from gen_accel.kernels.tail import Tail
 
 P = TypeVar("P", bound="Piece")
@@ -31,7 +34,9 @@ P = TypeVar("P", bound="Piece")
 _TAILS = (None, "rectified", "joint")
 _FEWEST = 5  # rounds, where 20 would not fit into a piece's time
 _FACTOR = 4  # times the error of dense SDPA is right
-LOSSY = 0.1  # error allowed to a kernel that computes in 8 bits
+_LOSSY_FACTOR = 2  # times the error of a quantised reference is
+_BELOW = 9.0  # scores of keys stand so far below that of padding
+LOSSY = 0.1  # error allowed to others' kernels that compute in 8 bits
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ class Piece:
         self.generator = torch.Generator(suite.device).manual_seed(seed)
         self.q, self.k, self.v = (self._random(case.tokens) for _ in range(3))
         self.scale = case.dim**-0.5
-        self.sample = _Sample(case, seed)
+        heavy = int(torch.randint(case.tokens, (), generator=torch.Generator().manual_seed(seed)))
+        self.heavy = (heavy, case.tokens - 1)
+        self.sample = Sample(case.tokens, case.block, case.heads, seed, [heavy // case.block])
+        self.plant()
+        self._rights: dict[tuple[int, int], Tensor] = {}
         self.errors: dict[str, float] = {}
         self.wrong: dict[str, str] = {}
         self.absent: dict[str, str] = {}
@@ -135,6 +144,23 @@ class Piece:
         options: dict[str, Any] = {"device": self.suite.device, "dtype": torch.bfloat16}
         return torch.randn(shape, generator=self.generator, **options)
 
+    def plant(self) -> None:
+        """Make faults with keys visible that random ones would average away.
+
+        All keys score far below 0, so that a zero which counts as a key outweighs them (not where
+        they are quantised, as their mean is subtracted then); the last key and one inside weigh
+        about as much as all the others together.
+        """
+        import torch
+
+        root = self.case.dim**0.5
+        way = self._random(1)[0, 0, 0].sign()
+        up = 0.5 * root  # how a key's score rises with a step on that way
+        self.q += 0.5 * way
+        self.k -= _BELOW / up * way
+        weight = 0.5 * (1 + torch.tensor(float(self.case.tokens)).log()) - 0.7
+        self.k[:, self.heavy] += weight / up * way
+
     # ---- candidates ------------------------------------------------------------------------------
 
     def _dense(self) -> list[Candidate]:
@@ -159,6 +185,7 @@ class Piece:
             for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
                 name = f"SDPA, {backend.name.split('_')[0].lower()}"
                 found.append(candidate(name, partial(sdpa, backend), ours=False))
+            found.append(candidate("FA3", partial(fa3, *tensors), ours=False))
             found.append(
                 candidate("sageattention", partial(sage, *tensors), allowed=LOSSY, ours=False)
             )
@@ -253,7 +280,7 @@ class Piece:
         """Check every candidate, then time those that are right, for about that long."""
         from gen_accel.eval.harness import measure
 
-        allowed = _FACTOR * self.error(None, None, self._plain())
+        allowed = self.allowed()
         for candidate in self.candidates:
             try:
                 # Poison would make torch compile FlexAttention twice.
@@ -264,7 +291,7 @@ class Piece:
                 absent = isinstance(reason, self.absences) or not candidate.ours
                 (self.absent if absent else self.wrong)[candidate.name] = told(reason)
                 continue
-            error = candidate.error(result)
+            error = candidate.error(result) if _finite(result) else math.nan
             del result
             self.errors[candidate.name] = error
             limit = allowed if candidate.allowed is None else candidate.allowed
@@ -282,22 +309,31 @@ class Piece:
             rounds = min(rounds, max(_FEWEST, fit))
         self.timings = measure(right, rounds, warmup=1, device=self.suite.device)
 
-    def _plain(self) -> Tensor:
-        """Dense SDPA of this dtype: its error says how near is right."""
-        import torch.nn.functional as F
+    def allowed(self) -> float:
+        """Error allowed to what computes in the inputs' precision: a multiple of dense SDPA's."""
+        return _FACTOR * self._off(self.sample.plain(self.q, self.k, self.v, self.scale))
 
-        query = self.q[:, self.sample.tokens(self.q.device)].transpose(1, 2)
-        return F.scaled_dot_product_attention(
-            query, self.k.transpose(1, 2), self.v.transpose(1, 2)
-        ).transpose(1, 2)
+    def lossy(self, precision: str, blocks: Blocks | None, tail: Tail | None) -> float:
+        """Error allowed to a quantised call: a multiple of what its definition loses."""
+        from gen_accel.kernels.quant import PRECISIONS
+
+        quantised = self._right(blocks, tail, PRECISIONS[precision])
+        return _LOSSY_FACTOR * self._off(quantised, blocks, tail)
 
     def error(self, blocks: Blocks | None, tail: Tail | None, out: Tensor) -> float:
-        """Relative L2 error of the sampled part of a result."""
-        tokens = self.sample.tokens(out.device)
-        if out.shape[1] != len(tokens):
-            out = out[:, tokens]
-        right = self.sample.exact(self.q, self.k, self.v, blocks, tail, self.scale)
-        return relative(out[:, :, self.sample.heads], right)
+        """Relative L2 error of a result, that of the sample's worst head and block."""
+        return self._off(self.sample.pick(out), blocks, tail)
+
+    def _off(self, some: Tensor, blocks: Blocks | None = None, tail: Tail | None = None) -> float:
+        known = (id(blocks), id(tail))  # both live as long as the candidates that have them
+        if known not in self._rights:
+            self._rights[known] = self._right(blocks, tail)
+        return self.sample.error(some, self._rights[known])
+
+    def _right(
+        self, blocks: Blocks | None, tail: Tail | None, precision: Precision | None = None
+    ) -> Tensor:
+        return self.sample.right(self.q, self.k, self.v, blocks, tail, self.scale, precision)
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -322,77 +358,49 @@ class Piece:
         return "\n".join(lines)
 
     def rows(self, suite: str) -> list[dict[str, Any]]:
-        """One row per time; none for what was wrong or absent."""
+        """A row for each candidate that ran; what was wrong has a reason instead of a time."""
         from gen_accel.eval.harness import result_row
 
         clock = _sm_clock() if self.suite.device == "cuda" else None
         common: dict[str, Any] = {"suite": suite, "case": self.case.name, "part": self.part}
         common |= {"dtype": "bf16", "block": self.case.block, "sm_clock_mhz": clock}
-        return [
-            result_row(
-                "kernel",
-                c.name,
-                1e3 * self.timings[c.name].median,
-                "ms",
-                n=len(self.timings[c.name].seconds),
-                spread=[1e3 * x for x in self.timings[c.name].spread],
-                config={**common, **c.config, "error": self.errors[c.name]},
-                shape=self.q.shape,
-                seed=self.seed,
-                device=self.suite.device,
-            )
-            for c in self.candidates
-            if c.name in self.timings
-        ]
+        where: dict[str, Any] = {"shape": self.q.shape, "seed": self.seed}
+        where["device"] = self.suite.device
+        rows = []
+        for c in self.candidates:
+            config = {**common, **c.config}
+            if c.name in self.wrong:
+                config["wrong"] = self.wrong[c.name]
+                config.pop("tflop", None)  # no rate follows from it
+                rows.append(wrong_row("kernel", c.name, config, **where))
+            elif c.name in self.timings:
+                timing = self.timings[c.name]
+                numbers = {"n": len(timing.seconds), "spread": [1e3 * x for x in timing.spread]}
+                config["error"] = self.errors[c.name]
+                ms = 1e3 * timing.median
+                rows.append(
+                    result_row("kernel", c.name, ms, "ms", config=config, **numbers, **where)
+                )
+        return rows
 
 
-class _Sample:
-    """The part of a result that is compared: two heads, the first, a middle and the last block."""
+def wrong_row(kind: str, name: str, config: dict[str, Any], **where: Any) -> dict[str, Any]:
+    """A row without a time, so that no earlier one stands in for it."""
+    from gen_accel.eval.harness import result_row
 
-    def __init__(self, case: Case, seed: int) -> None:
-        last = -(-case.tokens // case.block) - 1
-        self.case = case
-        self.blocks = sorted({0, seed * 7919 % max(1, last), last})
-        self.heads = sorted({0, case.heads - 1})
-
-    def tokens(self, device: torch.device) -> Tensor:
-        import torch
-
-        block, end = self.case.block, self.case.tokens
-        starts = [torch.arange(b * block, min(end, (b + 1) * block)) for b in self.blocks]
-        return torch.cat(starts).to(device)
-
-    def exact(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, tail: Tail | None,
-        scale: float,
-    ) -> Tensor:  # fmt: skip
-        """By the definition, in fp64: ``[1, tokens of the sample, its heads, head_dim]``."""
-        from gen_accel.kernels import reference
-        from gen_accel.kernels.blocks import Blocks
-        from gen_accel.kernels.tail import Pooled
-
-        tokens, heads = self.tokens(q.device), self.heads
-        some = None
-        if blocks is not None:
-            counts, lists = (
-                x.expand(-1, q.shape[2], *x.shape[2:])[:, heads][:, :, self.blocks]
-                for x in (blocks.full_kv_num_blocks, blocks.full_kv_indices)
-            )
-            sizes = (blocks.kv_len, blocks.block_q, blocks.block_kv)
-            some = Blocks(counts, lists, len(tokens), *sizes)
-        if isinstance(tail, Pooled):
-            tail = replace(tail, key=tail.key[:, :, heads], value=tail.value[:, :, heads])
-        elif tail is not None:
-            ratio, shift = (x[:, heads][:, :, self.blocks] for x in (tail.ratio, tail.shift))
-            tail = replace(tail, ratio=ratio, shift=shift)
-        tensors = [x[:, :, heads].double() for x in (q[:, tokens], k, v)]
-        return reference.attention(*tensors, some, scale, tail)[0]
+    return {**result_row(kind, name, 0.0, "ms", n=0, config=config, **where), "value": None}
 
 
 def relative(found: Tensor, right: Tensor) -> float:
     """L2 norm of the difference over that of what is right."""
     right = right.double()
     return float((found.double() - right).norm() / right.norm())
+
+
+def _finite(result: Any) -> bool:
+    """Whether all of it is: what nobody wrote is NaN."""
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 @contextmanager
@@ -415,6 +423,14 @@ def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from gen_accel.sage import dense
 
     return dense(q, k, v)
+
+
+def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention 3, as its repository's ``hopper`` folder installs it."""
+    from flash_attn_interface import flash_attn_func
+
+    found = flash_attn_func(q, k, v)
+    return found[0] if isinstance(found, tuple) else found  # early ones return the LSE, too
 
 
 def _sm_clock() -> int | None:

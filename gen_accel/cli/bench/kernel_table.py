@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gen_accel.eval.harness import newest
+
 Row = dict[str, Any]
 
 _STYLE = "<style>text{font:11px sans-serif;fill:#777}.grid{stroke:#9994}</style>"
@@ -15,23 +17,25 @@ def kernel_page(rows: list[Row]) -> str:
     Args:
         rows: Result rows of one suite.
     """
-    rows = _newest(rows)
-    cases = list(dict.fromkeys(row["config"]["case"] for row in rows))
+    rows = newest(rows)
+    cases = list(dict.fromkeys((row["config"]["case"], row["device"]) for row in rows))
+    several = len({row["device"] for row in rows}) > 1
     lines = [
         "# Attention calls at the sizes of real models",
         "",
         "`gen-accel bench kernel --suite " + rows[0]["config"]["suite"] + "`. Times in ms, median "
         "and quartiles; TFLOP/s count pairs of tokens in kept blocks; *error* is the relative L2 "
-        "distance to fp64; *x dense* is the speed-up over the fastest dense kernel that computes "
-        "in the inputs' precision, *over plain* the time beside the same lists without a tail and "
-        "in the inputs' precision.",
+        "distance to fp64 of the worst of some heads and query blocks, on data whose last key and "
+        "another weigh about as much as all the others; *x dense* is the speed-up over the fastest "
+        "dense kernel that computes in the inputs' precision, *over plain* the time beside the "
+        "same lists without a tail and in the inputs' precision.",
     ]
-    for case in cases:
-        mine = [row for row in rows if row["config"]["case"] == case]
+    for case, device in cases:
+        mine = [r for r in rows if (r["config"]["case"], r["device"]) == (case, device)]
         shape = " x ".join(map(str, mine[0]["shape"]))
         lines += [
             "",
-            f"## {case}",
+            f"## {case}, {device}" if several else f"## {case}",
             "",
             f"q, k and v {shape} (batch, tokens, heads, head_dim), {mine[0]['config']['dtype']}, "
             f"blocks of {mine[0]['config']['block']}.",
@@ -55,10 +59,13 @@ def kernel_plot(rows: list[Row]) -> str:
     """
     from gen_accel.eval.plot import Plot
 
+    rows = newest(rows)
+    several = len({row["device"] for row in rows}) > 1
     plain = [
         row
-        for row in _newest(rows)
-        if row["config"]["lists"] == "realistic"
+        for row in rows
+        if row["value"] is not None
+        and row["config"]["lists"] == "realistic"
         and row["config"].get("tail") == "drop"
         and not row["config"]["part"].startswith("flex")
     ]
@@ -66,6 +73,7 @@ def kernel_plot(rows: list[Row]) -> str:
     series: dict[str, list[float | None]] = {}
     for row in plain:
         name = f"{row['config']['case']} ({row['name']})"
+        name += f", {row['device']}" if several else ""
         rates = series.setdefault(name, [None] * len(targets))
         rates[targets.index(row["config"]["target"])] = _rate(row)
     names = ", ".join(f"{target:g}" for target in targets)
@@ -76,29 +84,25 @@ def kernel_plot(rows: list[Row]) -> str:
     return svg.replace(">", f">{_STYLE}", 1) + "\n"
 
 
-def _newest(rows: list[Row]) -> list[Row]:
-    """The last row of each measurement, in the order in which they first came."""
-    latest: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        config = row["config"]
-        latest[config["case"], config["part"], row["name"]] = row
-    return list(latest.values())
-
-
 def _line(row: Row, rows: list[Row]) -> str:
     config = row["config"]
-    low, high = row["spread"]
     kept = f"{config['density']:.3f}"
     if "densest_row" in config:
         kept += f" ({config['densest_row']:.3f})"
     if config["lists"] == "around":
         kept = ""
+    if row["value"] is None:
+        return (
+            f"| {config['lists']} | {kept} | {row['name']} | WRONG: {config['wrong']} | | | | | |"
+        )
+    low, high = row["spread"]
+    rows = [r for r in rows if r["value"] is not None]
     dense = [r["value"] for r in rows if r["config"]["lists"] == "dense" and _exact(r)]
     speed = f"{min(dense) / row['value']:.2f}" if dense and config["lists"] != "around" else ""
     drop = [
         r["value"]
         for r in rows
-        if (config.get("tail", "drop") != "drop" or "precision" in config)
+        if (config.get("tail", "drop") != "drop" or {"precision", "places"} & config.keys())
         and r["config"].get("tail") == "drop"
         and r["config"]["part"] == config["part"]
         and r["name"] == row["name"].split(",")[0]

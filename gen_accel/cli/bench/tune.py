@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gen_accel.cli.bench.again import Again
 from gen_accel.cli.bench.kernel import PRECISIONS, Case, Suite, prepare_run
 from gen_accel.cli.bench.kernel_codes import on_codes
-from gen_accel.cli.bench.kernel_pieces import LOSSY, Candidate, Piece
+from gen_accel.cli.bench.kernel_pieces import Candidate, Piece
 from gen_accel.cli.bench.options import add
 
 if TYPE_CHECKING:
@@ -53,35 +55,40 @@ def run(args: argparse.Namespace) -> int:
     from gen_accel.kernels.triton import config as configs
 
     out = Path(args.out or configs.TUNED)
-    entries = [] if args.again else configs.read(out)
+    entries, again = configs.read(out), Again(out, args.again)
     here = result_row("tune", "", 0.0, "ms", device=suite.device)
     about = {name: here[name] for name in ("device", "versions", "commit")}
     ends = time.monotonic() + args.limit
-    good, left = True, 0
+    good, broken, late = True, False, 0
     for key, band in itertools.product(_keys(args, suite), configs.DENSITIES):
         # What is known of a key and a band, whatever the rest of its entry says.
         wanted = configs.entry(key, band, configs.candidates(key)[0])
-        if any(all(e[name] == wanted[name] for name in ("key", "density")) for e in entries):
+        known = [e for e in entries if all(e[n] == wanted[n] for n in ("key", "density"))]
+        if any(again.counts(entry) for entry in known):
             continue
-        if time.monotonic() >= ends:
-            left += 1
+        left = ends - time.monotonic()
+        if left <= 0:
+            late += 1
             continue
         make = partial(_TunePiece, suite, key, band, args.seed)
-        piece = attempt(make, args.piece_limit, f"{', '.join(map(str, key))}, up to {band:g}")
+        title = f"{', '.join(map(str, key))}, up to {band:g}"
+        piece = attempt(make, min(args.piece_limit, left), title)
         good &= piece is not None and not piece.wrong
         timings = {} if piece is None else piece.timings
         if piece is not None and timings:
             milliseconds, name = min((1e3 * t.median, name) for name, t in timings.items())
+            about["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
             found = configs.entry(key, band, piece.configs[name], ms=milliseconds, **about)
-            entries.append(found)
+            entries = [entry for entry in entries if entry not in known] + [found]
             write_text(out, configs.dump(entries))
         del piece, timings
         if not free_gpu():
-            good = False
+            good, broken = False, True
             break
+    again.end(bool(late) or broken)
     print(f"{out}: {len(entries)} entries")
-    if left:
-        print(f"not measured, time was up: {left}; run the command again")
+    if late:
+        print(f"not measured, time was up: {late}; run the command again")
     return 0 if good else 1
 
 
@@ -140,7 +147,7 @@ class _TunePiece(Piece):
             from gen_accel.kernels.quant import PRECISIONS
 
             self.codes = operands(self.q, self.k, self.v, PRECISIONS[self.key.precision])
-            allowed = LOSSY
+            allowed = self.lossy(self.key.precision, blocks, tail)
         return [
             Candidate(name, partial(self._run, blocks, tail, config), error, row, allowed)
             for name, config in self.configs.items()
