@@ -18,7 +18,7 @@ class Operands(NamedTuple):
     """Codes in the kernel's layout.
 
     Attributes:
-        q: Codes ``[B, Sq, H, D]`` int8, innermost stride 1.
+        q: Codes ``[B, Sq, H, D]`` int8, any strides.
         k: Codes ``[B, Skv, H, D]`` int8, likewise.
         v: Codes ``[B, H, D, S]``, tokens as `turn` orders them; or None where values keep 16 bits.
         values: ``[B, Skv, H, D]``, the values where they keep 16 bits, else None.

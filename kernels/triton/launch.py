@@ -59,7 +59,7 @@ def attend(
         out ``[B, tokens, H, D]``, contiguous, and the natural log-sum-exp, fp32 ``[B, H, tokens]``
         or None. The tokens are those of q, or with ``places`` those of the model.
     """
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
     return _attend(q, k, v, None, blocks, scale, tail, places, return_lse, config)
 
 
@@ -74,14 +74,17 @@ def attend_codes(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` on quantised tensors, which stand in the order that the blocks are for."""
-    v = codes.values
+    q, k, v = _side_by_side(codes.q.codes), _side_by_side(codes.k.codes), codes.values
     if codes.v is not None:
         v = codes.v.codes.permute(0, 3, 1, 2)
     elif v is not None:
-        v = v.to(_half(codes.dtype))
-        v = v if v.stride(3) == 1 else v.contiguous()
-    options = (tail, places, return_lse, config)
-    return _attend(codes.q.codes, codes.k.codes, v, codes, blocks, scale, *options)
+        v = _side_by_side(v.to(_half(codes.dtype)))
+    return _attend(q, k, v, codes, blocks, scale, tail, places, return_lse, config)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """The same with a token's channels next to each other in memory."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _attend(

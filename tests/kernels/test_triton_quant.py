@@ -121,6 +121,18 @@ def test_dense(name):
     assert torch.equal(through, out)
 
 
+@pytest.mark.parametrize("name", ["int8", "int8+fp8"])
+def test_heads_may_be_innermost_in_memory(name):
+    case = Case("strides", every, 40, 70, heads=3)
+    precision = PRECISIONS[name]
+    plain = tensors(case, name)
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain]
+    out, other = (
+        attend_codes(operands(*x, precision), None, case.scale)[0] for x in (plain, turned)
+    )
+    torch.testing.assert_close(other, out)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_any_scale(scale):
     q, k, v = (x.to(DEVICE) for x in replace(MIXED, batch=1, pattern=every).tensors())
