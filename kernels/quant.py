@@ -76,7 +76,7 @@ class Codes(NamedTuple):
     """A quantised tensor ``[B, S, H, D]``.
 
     Attributes:
-        codes: Same shape; int8 (codes of 4 bits too, see `pack`) or float8_e4m3fn.
+        codes: Same shape; int8 (codes of 4 bits too) or float8_e4m3fn.
         scale: fp32 ``[B, H, groups]``, of values ``[B, H, groups, D]``.
         rows: Tokens per group.
     """
@@ -170,30 +170,6 @@ def round_weights(weights: Tensor, kind: str) -> Tensor:
     """Weights in 0..1 as codes, which stay fp32: 0..`P_LEVELS`."""
     codes = weights * P_LEVELS[kind]
     return codes.to(torch.float8_e4m3fn).to(weights.dtype) if kind == "fp8" else torch.round(codes)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, two per byte along the last axis: the even channel in the low half.
-
-    Args:
-        codes: int8 ``[..., D]`` in -8..7, D even.
-
-    Returns:
-        uint8 ``[..., D / 2]``.
-
-    Raises:
-        ValueError: D is odd.
-    """
-    if codes.shape[-1] % 2:
-        raise ValueError(f"head_dim={codes.shape[-1]}: two codes share a byte, so it must be even")
-    low, high = (codes.view(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Undo `pack`: int8 ``[..., D]``."""
-    both = torch.stack([packed << 4, packed & 0xF0], -1).view(torch.int8)
-    return (both >> 4).flatten(-2)
 
 
 class Dequantised(NamedTuple):

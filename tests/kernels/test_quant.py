@@ -10,11 +10,9 @@ from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.quant import (
     LEVELS,
     PRECISIONS,
-    pack,
     quantise,
     quantise_rows,
     quantise_values,
-    unpack,
 )
 from gen_accel.kernels.reference import attention
 
@@ -75,16 +73,6 @@ def test_values_have_a_scale_per_channel(kind: str) -> None:
         others = [c for c in range(64) if c != 5]
         bar = {"int8": 0.01, "fp8": 0.03, "int4": 0.15}[kind]
         assert _error(codes.dequantise()[..., others], v[..., others]) < bar
-
-
-def test_four_bits_are_packed_in_pairs() -> None:
-    codes = torch.arange(-8, 8, dtype=torch.int8).view(1, 16).repeat(3, 1)
-    packed = pack(codes)
-    assert packed.shape == (3, 8) and packed.dtype == torch.uint8
-    assert packed[0, 0] == (8 | 9 << 4)  # -8 in the low half, -7 in the high one
-    assert torch.equal(unpack(packed), codes)
-    with pytest.raises(ValueError, match="head_dim=3"):
-        pack(codes[:, :3])
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
