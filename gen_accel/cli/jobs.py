@@ -48,11 +48,10 @@ class Jobs:
         self._open()
 
     def _open(self) -> None:
-        from gen_accel.eval.files import write_text
-
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder, wait=True):
             known = self._manifest()
+            self._before = known
             same = known.get("settings") == self.settings
             if self._shared and known and not same:
                 raise UsageError(
@@ -62,7 +61,7 @@ class Jobs:
             if not same or (known.get("complete") and not self._shared):
                 shutil.rmtree(self.work, ignore_errors=True)
                 manifest = {"settings": self.settings, "complete": False}
-                write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                self._keep(manifest)
             if not self.complete:
                 self.work.mkdir(exist_ok=True)
 
@@ -105,8 +104,6 @@ class Jobs:
 
         When the block succeeds, the manifest says that all is done, and ``work/`` is removed.
         """
-        from gen_accel.eval.files import write_text
-
         with _locked(self.folder, wait=True):
             if self.complete:
                 yield None
@@ -114,13 +111,19 @@ class Jobs:
             records = [json.loads(self._record(i).read_text()) for i in range(self.count)]
             yield records
             manifest = {"settings": self.settings, "complete": True, "jobs": records}
-            write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            self._keep(manifest)
             shutil.rmtree(self.work, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Leave no trace of a run that gave nothing; a shared one stays for the others."""
+        """Leave no trace of a run that gave nothing; a shared one stays for the others.
+
+        The manifest of the run before it says again what is in the folder.
+        """
         if not self._shared and not any(self._record(i).exists() for i in range(self.count)):
             shutil.rmtree(self.work, ignore_errors=True)
+            if self._before.get("complete"):
+                self._keep(self._before)
+                return
             (self.folder / MANIFEST).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something else is in it
                 self.folder.rmdir()
@@ -130,6 +133,11 @@ class Jobs:
 
     def _record(self, i: int) -> Path:
         return self.work / f"{i:04d}.json"
+
+    def _keep(self, manifest: Mapping[str, Any]) -> None:
+        from gen_accel.eval.files import write_text
+
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def _manifest(self) -> dict[str, Any]:
         try:

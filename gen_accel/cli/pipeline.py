@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gen_accel.processors import Policy
+
+log = logging.getLogger("gen_accel")
 
 # paro -> ParoProcessor
 PROCESSORS = {
@@ -36,6 +39,17 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 _ITEMS = {"Sequence[bool]": "bool", "Sequence[int]": "int", "Sequence[str]": "str",
           "tuple[int, ...]": "int"}  # fmt: skip
+
+
+# Arguments of a call that are not the user's to give, and what to do instead.
+_OURS = {
+    "prompt": "use --prompt",
+    "generator": "use --seed",
+    "output_type": "drop it",
+    "return_dict": "drop it",
+    "num_images_per_prompt": "give a prompt several times",
+    "num_videos_per_prompt": "give a prompt several times",
+}
 
 
 def make_processor(name: str, settings: dict[str, Any], plan: str | None) -> Policy | None:
@@ -145,6 +159,9 @@ def load_pipeline(args: argparse.Namespace, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
     model = require(args, "model")
+    for name, instead in _OURS.items():
+        if name in args.sections.get("pipeline", {}):
+            raise UsageError(f"pipeline.{name}: the command sets it; {instead}")
     if not Path(model).exists() and (model.count("/") != 1 or model[0] in "./~"):
         raise UsageError(f"--model {model}: no such folder, and not a Hub id like owner/name")
     name = getattr(args, "dtype", None) or ("float32" if device == "cpu" else "bfloat16")
@@ -169,7 +186,12 @@ def call_arguments(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
             raise UsageError(f"{flag(name)}: {kind} does not take it; drop it")
     extra = args.sections["pipeline"]
     check_names("pipeline argument", extra, known)
-    return {**call, **extra}
+    call = {**call, **extra}
+    true_cfg = inspect.signature(pipe.__call__).parameters.get("true_cfg_scale")
+    scale = None if true_cfg is None else call.get("true_cfg_scale", true_cfg.default)
+    if call.get("negative_prompt") and scale == 1:
+        log.warning("--negative-prompt does nothing at pipeline.true_cfg_scale=1; raise it")
+    return call
 
 
 def generate(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Tensor, float]:

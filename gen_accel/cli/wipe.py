@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("refam. settings are for --expression TEXT, and a mask is given")
     setting = _setting(args)
     if hasattr(args, "negative_prompt") and setting.true_cfg_scale == 1:
-        log.warning("--negative-prompt does nothing at wipe.true_cfg_scale=1; give a larger one")
+        log.warning("--negative-prompt does nothing at wipe.true_cfg_scale=1; raise it")
     processor = shared.make_processor(
         getattr(args, "processor", "none"), args.sections["processor"], None
     )

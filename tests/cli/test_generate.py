@@ -251,6 +251,13 @@ def test_cuda_only_options_on_a_cpu_are_refused(capsys, checkpoint, tmp_path):
         (("--processor=none", "--save-plan=p.safetensors"), "--save-plan needs a processor"),
         (("--height=10",), "10"),
         (("pipeline.max_sequence_lenght=3",), "did you mean max_sequence_length?"),
+        (("pipeline.output_type=np",), "pipeline.output_type: the command sets it; drop it"),
+        (("pipeline.generator=1",), "pipeline.generator: the command sets it; use --seed"),
+        (("pipeline.num_videos_per_prompt=2",), "give a prompt several times"),
+        (("--num-inference-steps=0",), "'0' must be a positive whole number"),
+        (("--fps=-1",), "'-1' must be a positive number"),
+        (("--processor=gna", "processor.tile=8"), "expected text or a list, each a whole number"),
+        (("processor.dense_layers=3",), "dense_layers=3: expected a list, each a whole number"),
     ],
 )
 def test_unknown_and_malformed_settings(capsys, checkpoint, tmp_path, words, message):
@@ -263,6 +270,21 @@ def test_options_the_pipeline_does_not_take(capsys, image_checkpoint, tmp_path):
     words = ("generate", f"--model={image_checkpoint}", "--prompt=x", "--num-frames=5")
     message = refused(capsys, *words, f"--output={tmp_path / 'out'}")
     assert "--num-frames: FluxPipeline does not take it" in message
+
+
+def test_a_negative_prompt_that_does_nothing_is_told(image_checkpoint, caplog):
+    import argparse
+
+    from diffusers import FluxPipeline
+
+    from gen_accel.cli.pipeline import call_arguments
+
+    pipe = FluxPipeline.from_pretrained(image_checkpoint)
+    for extra, told in (({}, True), ({"true_cfg_scale": 2.0}, False)):
+        caplog.clear()
+        args = argparse.Namespace(negative_prompt="rain", sections={"pipeline": extra})
+        call_arguments(args, pipe)
+        assert ("does nothing at pipeline.true_cfg_scale=1" in caplog.text) == told
 
 
 def test_models_that_cannot_be_loaded(capsys, tmp_path):

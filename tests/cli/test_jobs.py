@@ -102,6 +102,17 @@ def test_a_run_that_gave_nothing_leaves_nothing(tmp_path):
     assert (tmp_path / "b" / "manifest.json").exists()
 
 
+def test_a_run_that_gave_nothing_leaves_what_was_there(tmp_path):
+    first = make(tmp_path, 1, shared=False)
+    first.done(0, {"file": "000.mp4"})
+    finish(first)
+    before = (tmp_path / "manifest.json").read_text()
+    for seed in (0, 1):
+        make(tmp_path, 1, shared=False, seed=seed).abandon()
+        assert (tmp_path / "manifest.json").read_text() == before
+        assert os.listdir(tmp_path) == ["manifest.json"]
+
+
 # ---- gen-accel generate in several processes -----------------------------------------------------
 
 
