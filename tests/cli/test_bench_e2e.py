@@ -8,11 +8,14 @@ import torch
 
 from gen_accel.cli.bench import e2e, e2e_steps
 from gen_accel.cli.bench.e2e import Case, Suite, _tiny
-from gen_accel.cli.bench.e2e_page import front
+from gen_accel.cli.bench.e2e_check import check
+from gen_accel.cli.bench.e2e_page import e2e_tables, front
+from gen_accel.cli.bench.e2e_rates import of_precision
 from gen_accel.cli.main import main
 from gen_accel.eval.energy import Energy
-from gen_accel.eval.harness import append_rows, read_rows
+from gen_accel.eval.harness import append_rows, newest, read_rows
 from gen_accel.forecast import ASSUMED, forecast
+from gen_accel.kernels import gather
 from gen_accel.published import MODELS
 from helpers import tiny
 
@@ -36,7 +39,7 @@ def bench(folder, *words):
 
 def steps_of(folder):
     rows = read_rows(folder / "results.jsonl")
-    return {row["name"]: row for row in rows if row["kind"] == "e2e"}
+    return {r["name"]: r for r in rows if r["kind"] == "e2e" and r["value"] is not None}
 
 
 def test_every_candidate_is_measured_and_all_pages_follow(suite, tmp_path, capsys):
@@ -49,6 +52,8 @@ def test_every_candidate_is_measured_and_all_pages_follow(suite, tmp_path, capsy
         config = row["config"]
         assert row["n"] == 2 and row["value"] > 0 and row["shape"] == [1, 120, 2, 128]
         assert config["dense"] == (name in ("stock", "ours")) and config["error"] < 1e-5
+        assert config["dense"] or config["error"] > 0
+        assert config["precision"] == "float32"
         assert config["predicted_ms"] > 0 and config["baseline"] in ("stock", "ours")
         assert 0 < config["attention_share"] < 1
     assert rows["paro"]["config"]["density"] < 0.6 and rows["stock"]["config"]["density"] == 1
@@ -81,7 +86,8 @@ def test_a_run_is_extrapolated_from_its_kinds_of_steps(suite, tmp_path):
     assert (config["blocks"], config["of_blocks"], config["dense_steps"]) == (2, 8, 4)
     dense = rows[config["baseline"]]["value"]
     times = config["forwards"] * 8 / 2
-    expected = times * (4 * dense + 16 * rows["paro"]["value"]) + 8 / 2 * config["calibration_ms"]
+    calibration = times * config["calibration_ms"]  # of both branches
+    expected = times * (4 * dense + 16 * rows["paro"]["value"]) + calibration
     assert config["run_s"] == pytest.approx(expected / 1e3)
     assert config["run_x"] == pytest.approx(times * 20 * dense / expected)
 
@@ -120,6 +126,71 @@ def test_a_wrong_baseline_is_told_and_not_timed(suite, tmp_path, monkeypatch, ca
     assert bench(tmp_path) == 1
     assert "ours WRONG: error" in capsys.readouterr().out
     assert list(steps_of(tmp_path)) == ["stock", "gna"]
+
+
+def test_a_wrong_sparse_call_is_told_and_kept(suite, tmp_path, monkeypatch, capsys):
+    suite(replace(WAN, methods=("paro", "sparse")))
+    assert bench(tmp_path) == 0
+    old = "2020-01-01T00:00:00+00:00"
+    rows = [{**row, "time": old} for row in read_rows(tmp_path / "results.jsonl")]
+    (tmp_path / "results.jsonl").unlink()
+    append_rows(tmp_path / "results.jsonl", rows)
+    right = gather.run
+
+    def zeros(call):
+        out, lse = right(call)
+        return (out if call.blocks is None or call.blocks.density() == 1 else 0 * out), lse
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gather, "run", zeros)
+        assert bench(tmp_path, "--again") == 1
+    said = capsys.readouterr().out
+    for name in ("paro", "sparse"):
+        assert f"{name} WRONG: a call's error 1.0e+00, allowed " in said
+    assert bench(tmp_path) == 1  # nothing is left to do, and it is still wrong
+    assert "steps: paro WRONG: a call's error" in capsys.readouterr().out
+    assert "| paro | WRONG: a call's error" in (tmp_path / "index.md").read_text()
+
+
+@pytest.mark.parametrize("tail", ["drop", "rectified", "joint/4"])
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_a_call_is_compared_in_its_order(tail, precision):
+    from gen_accel.kernels.api import block_sparse_attention
+    from gen_accel.kernels.blocks import Blocks
+    from gen_accel.kernels.prepare import AxisPlaces
+    from gen_accel.tail import TailSetting
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 107, 3, 16, generator=generator) for _ in range(3))
+    mask = torch.rand(1, 3, 7, 7, generator=generator) < 0.4
+    mask.diagonal(dim1=2, dim2=3).fill_(True)
+    blocks = Blocks.from_mask(mask, q_len=107, kv_len=107, block_size=16)
+    stand_in = TailSetting.parse(tail).make(q, k, v, blocks, pooled=96)
+    places = None
+    if tail == "drop":
+        places = AxisPlaces.from_axes([(2, 1, 0), (0, 1, 2), (1, 2, 0)], (2, 7, 7))
+    options = {"tail": stand_in, "places": places, "precision": precision}
+    out = block_sparse_attention(q, k, v, blocks, **options)
+    found = check(q, k, v, blocks, out, seed=1, impl="auto", **options)
+    assert found.error <= found.allowed < (0.1 if precision == "int8" else 1e-4)
+    spoiled = out.roll(1, dims=1)
+    assert check(q, k, v, blocks, spoiled, seed=1, **options).error > 0.1
+
+
+def test_each_device_has_its_table(suite, tmp_path):
+    suite(replace(WAN, methods=()))
+    assert bench(tmp_path) == 0
+    rows = read_rows(tmp_path / "results.jsonl")
+    text = e2e_tables(newest([{**row, "device": "cuda: other"} for row in rows] + rows))
+    assert text.count("**wan**") == 2 and "cuda: other, torch" in text
+
+
+def test_forecasts_take_the_rate_of_the_precision():
+    rows = [{"name": name, "value": value} for name, value in
+            (("attention", 1), ("sparse 0.2", 2), ("int8 0.2", 3), ("windows 0.2", 4))]  # fmt: skip
+    assert of_precision(rows, "bfloat16") == rows
+    found = {row["name"]: row["value"] for row in of_precision(rows, "int8")}
+    assert found == {"attention": 1, "windows 0.2": 4, "sparse 0.2": 3}
 
 
 def test_dense_backends_that_are_here_are_baselines(suite, tmp_path, monkeypatch, capsys):

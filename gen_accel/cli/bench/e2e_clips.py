@@ -33,6 +33,7 @@ def clip_rows(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     from gen_accel.eval.harness import result_row
 
     own = argparse.Namespace(model=args.weights, dtype=case.dtype, device=args.device)
+    own.sections = {"pipeline": {}}
     given = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
     call = {**_toy_call(args.weights), **{k: v for k, v in given.items() if v is not None}}
     prompts = list(_PROMPTS)

@@ -9,12 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gen_accel.eval.harness import newest
+
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- e2e:begin -->", "<!-- e2e:end -->"
 _CSV = (
-    "case", "name", "value", "unit", "n", "density", "x", "x_stock", "attention_share",
-    "predicted_ms", "run_s", "run_x", "peak_mib", "joules", "psnr", "ssim",
+    "case", "device", "name", "value", "unit", "n", "wrong", "precision", "error", "density", "x",
+    "x_stock", "attention_share", "predicted_ms", "run_s", "run_x", "peak_mib", "joules", "psnr",
+    "ssim",
 )  # fmt: skip
 
 
@@ -66,19 +69,11 @@ def put_tables(page: str | Path, tables: str) -> None:
     write_text(page, place.sub(lambda _: f"{BEGIN}\n{tables}\n{END}", text))
 
 
-def newest(rows: list[Row]) -> list[Row]:
-    """The last row of each measurement, in the order in which they first came."""
-    latest: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        latest[row["kind"], row["config"]["case"], row["name"]] = row
-    return list(latest.values())
-
-
 def e2e_tables(rows: list[Row]) -> str:
-    """Markdown: a table per case, and where its numbers come from."""
+    """Markdown: a table per case and device, and where its numbers come from."""
     lines: list[str] = []
-    for case in dict.fromkeys(row["config"]["case"] for row in rows):
-        mine = [row for row in rows if row["config"]["case"] == case]
+    for case, device in dict.fromkeys((row["config"]["case"], row["device"]) for row in rows):
+        mine = [r for r in rows if (r["config"]["case"], r["device"]) == (case, device)]
         steps = [row for row in mine if row["kind"] == "e2e"]
         clips = [row for row in mine if row["kind"] == "e2e clips"]
         lines += _step_table(case, steps) if steps else []
@@ -96,16 +91,21 @@ def _step_table(case: str, rows: list[Row]) -> list[str]:
         f"**{case}**: {first['tokens']:,} tokens ({grid}), {blocks}, {first['dtype']}. Dense is "
         f"`{first['baseline']}`, the fastest here.",
         "",
-        "| | forward, ms (quartiles) | x dense | x stock | density | attention | forecast, ms "
+        "| | forward, ms (quartiles, n) | x dense | x stock | density | attention | forecast, ms "
         f"| {first['steps']} steps, {first['dense_steps']} dense: s (extrapolated) | x |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         config = row["config"]
+        if row["value"] is None:
+            lines.append(f"| {row['name']} | WRONG: {config['wrong']} | | | | | | | |")
+            continue
         low, high = row["spread"]
+        name, precision = row["name"], config.get("precision", first["dtype"])
+        name += "" if precision == first["dtype"] else f" ({precision})"
         share = config["attention_share"]
         lines.append(
-            f"| {row['name']} | {row['value']:,.0f} ({low:,.0f} .. {high:,.0f}) "
+            f"| {name} | {row['value']:,.0f} ({low:,.0f} .. {high:,.0f}, {row['n']}) "
             f"| {config['x']:.2f} | {config['x_stock']:.2f} | {config['density']:.3f} "
             f"| {'' if share is None else f'{share:.0%}'} | {config['predicted_ms']:,.0f} "
             f"({config['predicted_over_measured'] - 1:+.0%}) | {config['run_s']:,.0f} "
@@ -119,13 +119,14 @@ def _parts(rows: list[Row]) -> str:
     """Where a sparse forward goes."""
     told = []
     for row in rows:
+        if row["value"] is None:
+            continue
         parts = row["config"]["parts_ms"]
         if not row["config"]["dense"] and parts:
             shares = ", ".join(f"{part} {ms:,.0f}" for part, ms in parts.items())
             more = row["config"]["calibration_ms"]
-            told.append(
-                f"{row['name']}: {shares}" + (f"; calibration {more:,.0f} once" if more else "")
-            )
+            once = f"; calibration {more:,.0f} once a branch" if more else ""
+            told.append(f"{row['name']}: {shares}{once}")
     return f"Parts of one forward in ms, timed apart. {'. '.join(told)}." if told else ""
 
 

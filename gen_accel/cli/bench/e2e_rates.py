@@ -8,7 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gen_accel.cli.bench.e2e import Case
+    from gen_accel.kernels.blocks import Blocks
 
 _HEADS = 4  # of attention calls on a CPU: the rate is that of any number
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -79,6 +82,10 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
         fns[name] = partial(block_sparse_attention, q, k, v, blocks)
         kept[name] = blocks.density()
         work[name] = full * kept[name]
+        for precision in _quantised(case, q, k, v, blocks):
+            own = f"{precision} {density:g}"
+            fns[own] = partial(block_sparse_attention, q, k, v, blocks, precision=precision)
+            kept[own], work[own] = kept[name], work[name]
         if "gna" not in case.methods:
             continue
         name = f"windows {density:g}"
@@ -116,3 +123,24 @@ def measure_rates(case: Case) -> list[dict[str, Any]]:
         )
         for name, timing in timings.items()
     ]
+
+
+def _quantised(case: Case, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> list[str]:
+    """Precisions that the case's methods take by themselves here, see `gen_accel.engine`."""
+    from gen_accel.kernels.api import choose, emulates
+    from gen_accel.precision import EXACT, pays
+
+    if case.dtype == "float32" or not pays(q.device):
+        return []
+    policies = [case.policy(method, case.densities[0]) for method in case.methods]
+    wanted = sorted({policy.preferred for policy in policies} - {EXACT})
+    return [p for p in wanted if not emulates(choose(q, k, v, blocks, precision=p), p)]
+
+
+def of_precision(rows: list[dict[str, Any]], precision: str) -> list[dict[str, Any]]:
+    """Rates with those of a precision's own sparse calls, where there are any."""
+    own = [row for row in rows if row["name"].split()[0] == precision]
+    if not own:
+        return rows
+    others = [row for row in rows if row["name"].split()[0] not in ("sparse", precision)]
+    return others + [{**row, "name": row["name"].replace(precision, "sparse", 1)} for row in own]

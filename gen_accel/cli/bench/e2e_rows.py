@@ -6,16 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gen_accel.cli.bench.e2e_steps import Candidate, Steps
-    from gen_accel.forecast import Rates
 
 Row = dict[str, Any]
 
 
-def step_rows(steps: Steps, rates: Rates) -> list[Row]:
-    """A row for each candidate that was timed: its forward in ms, all else in ``config``."""
+def step_rows(steps: Steps, rates: list[Row]) -> list[Row]:
+    """A row for each candidate that was timed: its forward in ms, all else in ``config``.
+
+    What was wrong has a reason instead of a time.
+
+    Args:
+        steps: What was measured.
+        rates: Rows of kind ``"rate"``, of the same case and device.
+    """
+    from gen_accel.cli.bench.kernel_pieces import wrong_row
     from gen_accel.eval.harness import result_row
 
     case = steps.case
+    where: Row = {"model": case.whole.name, "seed": case.seed, "device": case.device}
+    where["shape"] = [1, case.tokens, case.model.heads, case.model.head_dim]
     rows = []
     for candidate in steps.candidates:
         if candidate.name not in steps.timings:
@@ -30,18 +39,19 @@ def step_rows(steps: Steps, rates: Rates) -> list[Row]:
                 n=len(timing.seconds),
                 spread=[1e3 * s for s in timing.spread],
                 config=_config(steps, candidate, rates),
-                model=case.whole.name,
-                shape=[1, case.tokens, case.model.heads, case.model.head_dim],
-                seed=case.seed,
-                device=case.device,
+                **where,
             )
         )
-    return rows
+    return rows + [
+        wrong_row("e2e", name, {"wrong": why}, **where) for name, why in steps.wrong.items()
+    ]
 
 
-def _config(steps: Steps, candidate: Candidate, rates: Rates) -> Row:
-    from gen_accel.forecast import forecast
+def _config(steps: Steps, candidate: Candidate, rows: list[Row]) -> Row:
+    from gen_accel.cli.bench.e2e_rates import of_precision
+    from gen_accel.forecast import forecast, read_rates
 
+    rates = read_rates(of_precision(rows, candidate.precision))
     case, model, whole = steps.case, steps.case.model, steps.case.whole
     timing, baseline = steps.timings[candidate.name], steps.timings[steps.baseline]
     seconds, dense_seconds = timing.median, baseline.median
@@ -56,7 +66,8 @@ def _config(steps: Steps, candidate: Candidate, rates: Rates) -> Row:
     run = times * ((whole.steps - sparse) * dense_seconds + sparse * seconds)
     if candidate.dense:
         run = times * whole.steps * seconds
-    run += candidate.extra * whole.depth / model.depth
+    # With guidance, both forwards of a step calibrate.
+    run += candidate.extra * whole.forwards * whole.depth / model.depth
     return {
         "size": list(case.size),
         "grid": list(case.grid),
@@ -66,6 +77,7 @@ def _config(steps: Steps, candidate: Candidate, rates: Rates) -> Row:
         "target": candidate.target,
         "density": candidate.density,
         "error": candidate.error,
+        "precision": candidate.precision,
         "baseline": steps.baseline,
         "x": timing.speedup_over(baseline),
         "x_stock": timing.speedup_over(steps.timings["stock"]),
@@ -90,10 +102,14 @@ def _config(steps: Steps, candidate: Candidate, rates: Rates) -> Row:
 
 def text_of(rows: list[Row], steps: Steps) -> str:
     """The rows as a table for the terminal, with the forecast beside each."""
-    head = ("", "ms", "x dense", "x stock", "density", "attention", "forecast", "ratio", "run x")
-    lines = [("  {:22}" + "{:>11}" * 8).format(*head)]
+    head = ["", "ms", "x dense", "x stock", "density", "attention", "forecast", "ratio", "run x"]
+    head += ["precision", "error"]
+    lines = [("  {:22}" + "{:>11}" * 10).format(*head)]
     for row in rows:
         config = row["config"]
+        if row["value"] is None:
+            continue
+        error = config["error"]
         cells = (
             f"{row['value']:.1f}",
             f"{config['x']:.2f}x",
@@ -103,8 +119,10 @@ def text_of(rows: list[Row], steps: Steps) -> str:
             f"{config['predicted_ms']:.1f}",
             f"{config['predicted_over_measured']:.2f}",
             f"{config['run_x']:.2f}x",
+            config["precision"],
+            "unchecked" if error is None else f"{error:.1e}",
         )
-        lines.append(("  {:22}" + "{:>11}" * 8).format(row["name"], *cells))
+        lines.append(("  {:22}" + "{:>11}" * 10).format(row["name"], *cells))
     lines += [f"  {name} was not measured: {why}" for name, why in steps.absent.items()]
     lines += [f"  {name} WRONG: {why}" for name, why in steps.wrong.items()]
     return "\n".join(lines)

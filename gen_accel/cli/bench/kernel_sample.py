@@ -78,8 +78,8 @@ class Sample:
         import torch.nn.functional as F
 
         queries = q[:, self.tokens(q.device)]
-        heads_first = [x[:, :, self.heads].transpose(1, 2) for x in (queries, k, v)]
-        return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+        q, k, v = (x[:, :, self.heads].transpose(1, 2) for x in (queries, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
     def pick(self, out: Tensor) -> Tensor:
         """The sample's part of a result ``[B, Sq, H, D]``."""
