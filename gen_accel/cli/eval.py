@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     sources = networks.Networks(args, device_of(args))
     names = getattr(args, "metrics", DEFAULT if found["reference"] else "flicker")
-    metrics, left = networks.choose(names, given, sources, clips)
+    # What was asked for by name is computed, or fails.
+    stills = names in (DEFAULT, "flicker", "all") and _stills(pairs)
+    metrics, left = networks.choose(names, given, sources, clips, stills=stills)
     comparison = Comparison(metrics, sources.all(metrics.values()))
     _score(comparison, pairs, getattr(args, "players", 4))
 
@@ -90,6 +92,19 @@ def _labels(videos: list[str]) -> dict[str, str]:
     raise UsageError(f"{videos[0]}: a video is given twice; name each once")
 
 
+def _stills(pairs: list[Pair]) -> bool:
+    """Whether all clips have one frame; one that cannot be read is told when it is scored."""
+    from gen_accel.eval.load import read_clip
+
+    def still(path: Path) -> bool:
+        try:
+            return len(read_clip(path).frames) == 1
+        except (ValueError, OSError):
+            return True
+
+    return all(still(pair.path) for pair in pairs)
+
+
 def _score(comparison: Comparison, pairs: list[Pair], players: int) -> None:
     from tqdm import tqdm
 
@@ -106,7 +121,7 @@ def _table(comparison: Comparison, candidates: list[str]) -> str:
         cells = (_number(totals[c][0].get(name)) for c in candidates)
         lines.append(f"{name:22}{metric.better:8}" + "".join(f"{c:>{width}}" for c in cells))
     notes = dict.fromkeys(note for _, found in totals.values() for note in found)
-    lines += [f"  {note}" for note in notes]
+    lines += [f"  {note}" for note in [*notes, *_infinite(comparison)]]
     for metric, pair, mean, ends, count in _differences(comparison, candidates):
         lines.append(f"{metric:22}{pair}: {mean} ({ends}, {count} clips)")
     return "\n".join(lines)
@@ -114,6 +129,8 @@ def _table(comparison: Comparison, candidates: list[str]) -> str:
 
 def _differences(comparison: Comparison, candidates: list[str]) -> list[tuple[str, ...]]:
     """Clip by clip against the first candidate: clips differ more than candidates do."""
+    import math
+
     from gen_accel.eval.verdict import interval
 
     first, *others = candidates
@@ -122,14 +139,25 @@ def _differences(comparison: Comparison, candidates: list[str]) -> list[tuple[st
     found: list[tuple[str, ...]] = []
     for name in comparison.metrics:
         for other in others:
-            both = [clip for clip in values[other] if name in values[other][clip]
-                    and name in values[first].get(clip, ())]  # fmt: skip
+            pairs = [(values[other][clip].get(name, math.nan), one.get(name, math.nan))
+                     for clip, one in values[first].items() if clip in values[other]]  # fmt: skip
+            both = [mine - its for mine, its in pairs if math.isfinite(mine - its)]
             if len(both) > 1:
-                mean, half = interval(
-                    [values[other][c][name] - values[first][c][name] for c in both]
-                )
+                mean, half = interval(both)
                 ends = f"{_number(mean - half)} .. {_number(mean + half)}"
                 found.append((name, f"{other} - {first}", _number(mean), ends, str(len(both))))
+    return found
+
+
+def _infinite(comparison: Comparison) -> list[str]:
+    """One line per metric with values that no difference can count."""
+    import math
+
+    found = []
+    for name in comparison.metrics:
+        values = [s.values[name] for s in comparison.scored if name in s.values]
+        if count := sum(not math.isfinite(value) for value in values):
+            found.append(f"{name}: not finite for {count} clip(s), which differences leave out")
     return found
 
 
@@ -214,6 +242,7 @@ def _write(
     count = len({s.pair.name for s in scored})
     against = f" against {args.reference}" if hasattr(args, "reference") else ""
     notes = dict.fromkeys(note for _, found in totals.values() for note in found)
+    notes |= dict.fromkeys(_infinite(comparison))
     return write_report(
         folder,
         Report(

@@ -22,6 +22,13 @@ OPTIONS = {
     "dino-tokens": ("--dino-tokens", "DINO of tok_sim: folder or Hub id"),
 }
 
+# Metrics that compare frames with each other.
+OVER_TIME = (
+    "flicker", "flicker_compensated", "warp_error", "tof", "subject_consistency", "tok_sim",
+    "foreground_flicker", "clip_temp", "fvd", "fvd_videomae", "fvd_toy",
+)  # fmt: skip
+STILL = "compares frames, and the clips have one each"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that say where networks are, and where their answers are kept."""
@@ -87,7 +94,13 @@ class Networks:
 
 
 def choose(
-    names: str, given: Iterable[str], networks: Networks, clips: int, option: str = "--metrics"
+    names: str,
+    given: Iterable[str],
+    networks: Networks,
+    clips: int,
+    option: str = "--metrics",
+    *,
+    stills: bool = False,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Metrics to compute, and why the others of ``all`` are not.
 
@@ -97,6 +110,7 @@ def choose(
         networks: Where theirs come from.
         clips: How many clips a candidate has.
         option: Where the names stand, for messages.
+        stills: The clips have one frame, and what compares frames is left out.
 
     Returns:
         Metrics by name; name -> reason of those that were left out.
@@ -113,15 +127,17 @@ def choose(
     check_names("metric", wanted, videos)
     chosen, left = {}, {}
     for name in wanted:
-        reason = _missing(METRICS[name], {*given, "network"}, networks, clips)
+        still = stills and name in OVER_TIME
+        reason = STILL if still else _missing(METRICS[name], {*given, "network"}, networks, clips)
         if reason is None:
             chosen[name] = METRICS[name]
-        elif everything:
+        elif everything or still:
             left[name] = reason
         else:
             raise UsageError(f"{option} {name}: {reason}")
     if not chosen:
-        raise UsageError(f"{option}: nothing to compute; name at least one metric")
+        why = f" ({next(iter(left.values()))})" if left else ""
+        raise UsageError(f"{option}: nothing to compute{why}; name at least one metric")
     return chosen, left
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def curves(
     plots = []
     for metric in metrics:
         series = {label: values[metric.name] for label, values in frames.items()
-                  if any(v == v for v in values.get(metric.name, ()))}  # fmt: skip
+                  if any(map(math.isfinite, values.get(metric.name, ())))}  # fmt: skip
         if series:
             title = f"{metric.name}, {metric.better} is better"
             plots.append(Plot(series, title, y=metric.unit))

@@ -84,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         return pipe
 
     renders = Renders(folder / "clips", args, call, device, load)
-    court = Court(renders, prompts, getattr(args, "seed", 0), limits, metrics, sources)
+    seed = getattr(args, "seed", 0)
+    if len(renders.get(prompts[0], seed).frames) == 1:
+        limits = _of_stills(args, limits)
+        metrics = {n: m for n, m in metrics.items() if n not in networks.OVER_TIME}
+    court = Court(renders, prompts, seed, limits, metrics, sources)
     for setting in settings if getattr(args, "search", False) else ():
         court.search(setting, densities)
     for setting in () if getattr(args, "search", False) else tries:
@@ -266,6 +270,20 @@ def _settings(text: str, sections: Mapping[str, Mapping[str, Any]]) -> list[Sett
     if twice is not None:
         raise UsageError(f"--methods: {twice} stands twice")
     return found
+
+
+def _of_stills(args: argparse.Namespace, limits: Sequence[Limit]) -> list[Limit]:
+    """The limits for a model that makes pictures.
+
+    Raises:
+        UsageError: One that was asked for compares frames.
+    """
+    timed = [limit.text for limit in limits if limit.metric in networks.OVER_TIME]
+    if timed and hasattr(args, "limits"):
+        raise UsageError(f"--limits {timed[0]}: {networks.STILL}; drop it")
+    if timed:
+        print(f"left out: {', '.join(timed)}: {networks.STILL}")
+    return [limit for limit in limits if limit.text not in timed]
 
 
 def _densities(args: argparse.Namespace) -> list[float]:

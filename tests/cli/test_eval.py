@@ -9,8 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
+from gen_accel.cli import networks
 from gen_accel.cli.main import main
 from gen_accel.eval.fidelity import psnr
+from gen_accel.eval.metrics import METRICS
 from gen_accel.eval.video import read_video, write_video
 from helpers import tiny
 from helpers.clip import save_tiny_clip
@@ -221,6 +223,42 @@ def test_a_video_of_one_frame_fails_where_time_is_needed(capsys, tmp_path):
     assert code == 2 and "flicker" in err and "at least two" in err
     assert [r["name"] for r in rows(tmp_path / "out") if r["kind"] == "eval"] == ["psnr"]
     assert run(capsys, *words, "--metrics=psnr")[0] == 0
+
+
+def test_pictures_are_scored_without_what_compares_frames(capsys, tmp_path):
+    for name, seed in (("a", 0), ("r", 1)):
+        write_video(tmp_path / f"{name}.png", video(seed, frames=1))
+    words = (tmp_path / "a.png", "--reference", tmp_path / "r.png", "--output", tmp_path / "out")
+    for extra, found in (((), {"psnr", "ssim"}), (("--metrics=all",), {"psnr", "ssim", "defects"})):
+        code, text, _ = run(capsys, *words, *extra)
+        assert code == 0 and re.search(r"left out: .*flicker.*: compares frames", text)
+        names = {row["name"] for row in rows(tmp_path / "out")}
+        assert found <= names and not names & set(networks.OVER_TIME)
+    message = run(capsys, tmp_path / "a.png", "--output", tmp_path / "out")[2]
+    assert "nothing to compute (compares frames" in message
+
+
+def test_what_compares_frames_is_known():
+    one = {"video": video(frames=1), "reference": video(1, frames=1)}
+    one["mask"] = torch.ones(1, 24, 32, dtype=torch.bool)
+    for name, metric in METRICS.items():
+        if set(metric.needs) <= one.keys():
+            arguments = {need: one[need] for need in metric.needs}
+            if name in networks.OVER_TIME:
+                with pytest.raises(ValueError, match="at least two"):
+                    metric.function(**arguments)
+            elif name != "background_psnr":  # the mask leaves nothing of it
+                metric.function(**arguments)
+
+
+def test_values_that_are_not_finite_are_left_out_of_differences(capsys, sets):
+    write_video(sets / "reference" / "0.npy", torch.zeros_like(video(0)))
+    words = (sets / "a", sets / "b", "--reference", sets / "reference", "--output", sets / "out")
+    code, text, _ = run(capsys, *words, "--metrics=psnr,relative_l1")
+    assert code == 0 and "relative_l1: not finite for 2 clip(s)" in text
+    lines = [line for line in text.splitlines() if "b - a" in line]
+    assert [line.rsplit("(")[1].split(", ")[1] for line in lines] == ["3 clips)", "2 clips)"]
+    assert "inf" not in "".join(lines) and "not finite" in (sets / "out/index.html").read_text()
 
 
 def test_clips_without_a_partner_are_counted(capsys, sets):

@@ -234,6 +234,20 @@ def test_one_prompt_and_a_setting_that_stays_dense_are_refused(capsys, model, tm
     assert code == 2 and "no attention call ran sparse" in err and "min_tokens=0" in err
 
 
+def test_an_image_model_is_judged_without_time(capsys, prompts, tmp_path, rendered):
+    tiny.tiny_flux()[0].save_pretrained(tmp_path / "flux")
+    words = ["verdict", f"--model={tmp_path / 'flux'}", f"--prompts={prompts}"]
+    words += [f"--output={tmp_path / 'out'}", "--height=128", "--width=192", "paro.block=16"]
+    words += ["--num-inference-steps=2", "pipeline.max_sequence_length=48"]
+    words += ["processor.min_tokens=0", "--methods=paro:density=1"]
+    assert main([*words, "--limits=warp_error<=1.1x"]) == 2
+    assert "--limits warp_error<=1.1x: compares frames" in capsys.readouterr().err
+    assert len(rendered) == 1
+    assert main(words) == 0
+    assert "left out: flicker<=1.1x: compares frames" in capsys.readouterr().out
+    assert set(report(tmp_path / "out")["values"]["paro:density=1"]) == {"psnr", "ssim", "defects"}
+
+
 def test_every_processor_of_the_package_is_a_method():
     import gen_accel
 
