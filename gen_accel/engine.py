@@ -24,7 +24,7 @@ from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.axis import AxisOrder
 from gen_accel.parallel import by_part, by_rank
 from gen_accel.planner.base import Planned, Planner, Windowed
-from gen_accel.precision import EXACT, HeadPrecisions, pays, split_heads
+from gen_accel.precision import EXACT, HeadPrecisions, head_index, pays, split_heads
 from gen_accel.schedule import Schedule
 from gen_accel.tail import TailSetting
 
@@ -130,6 +130,7 @@ class Engine:
         self._pure_noise = pure_noise
         self._scheduler = scheduler
         self._timesteps: Any = None
+        self._sigmas: tuple[Any, list[float]] = (None, [])
         self._reason: str | None = None
         self._said: set[str] = set()
         self._register()
@@ -162,16 +163,22 @@ class Engine:
         except Unsupported as reason:
             context.reason = str(reason)
         scheduler = self._scheduler() if self._scheduler is not None else None
-        if scheduler is not None and getattr(scheduler, "timesteps", None) is not None:
+        if scheduler is not None and _is_running(scheduler):
             context.step = _step_index(scheduler)
             context.steps = len(scheduler.timesteps)
-            sigmas = getattr(scheduler, "sigmas", None)
-            if sigmas is not None and context.step < len(sigmas):
-                context.sigma = float(sigmas[context.step])
+            sigmas = self._sigmas_of(scheduler)
+            if context.step < len(sigmas):
+                context.sigma = sigmas[context.step]
             # set_timesteps() makes a new tensor: the one sign of a new run all pipelines share.
             fresh = scheduler.timesteps is not self._timesteps
             self._timesteps = scheduler.timesteps
         else:
+            if scheduler is not None:
+                self._say_once(
+                    "this forward is not of the pipeline that the processors were set on, whose "
+                    "scheduler has no step to take: steps are told apart by their timesteps, and "
+                    "dense_steps has no effect; set the processors on the pipeline that runs"
+                )
             context.sigma = _timestep(module, args, kwargs) / self._pure_noise
             fresh = previous.sigma is None or context.sigma > previous.sigma
         if fresh:
@@ -180,6 +187,13 @@ class Engine:
         elif (context.step, context.sigma) == (previous.step, previous.sigma):
             context.branch = (previous.branch + 1) % _BRANCHES
         self.enter(context)
+
+    def _sigmas_of(self, scheduler: Any) -> list[float]:
+        """Noise levels as numbers; the scheduler may have them on a GPU, asked once a run."""
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is not self._sigmas[0]:
+            self._sigmas = sigmas, [] if sigmas is None else torch.as_tensor(sigmas).tolist()
+        return self._sigmas[1]
 
     def enter(self, context: ForwardContext) -> None:
         """Set the context; by hand for a processor that was put on a module without the hook."""
@@ -219,7 +233,7 @@ class Engine:
             # Opaque to the compiler: no graph break, and no recompilation when the step changes.
             start, stop = (heads.start, heads.stop) if heads is not None else (-1, -1)
             name = None if backend is None else str(getattr(backend, "value", backend))
-            number = torch.as_tensor(layer)
+            number = torch.as_tensor(layer, device="cpu")
             return _attend_op(q, k, v, mask, number, self._number, name, start, stop, ranks)
         layer = int(layer)
         if self.check_finite:
@@ -357,7 +371,7 @@ class Engine:
         """The carrier, once for each precision that heads have."""
         precision, groups = self.precision, {}
         if precision == "auto" and planned is not None:
-            groups = planned.groups()
+            groups = self._runnable(planned, q, k, v, blocks, tail)
         elif (
             precision == "auto" and self.preferred != EXACT and q.dtype in _HALF and pays(q.device)
         ):
@@ -367,8 +381,35 @@ class Engine:
             return self._run(next(iter(groups), precision), q, k, v, blocks, tail, places)
         out = torch.empty_like(q)
         for name, heads in groups.items():
-            out[:, :, heads] = self._run(name, *split_heads(q, k, v, blocks, tail, heads))
+            index = head_index(tuple(heads), q.device)
+            part = self._run(name, *split_heads(q, k, v, blocks, tail, heads))
+            out.index_copy_(2, index, part)
         return out
+
+    def _runnable(
+        self,
+        planned: HeadPrecisions,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        tail: Tail | None,
+    ) -> dict[str, list[int]]:
+        """Heads by precision; on a GPU without kernels for one, those heads are not quantised.
+
+        A plan may come from another machine, and there is no sense in emulating rounding where
+        nobody measures it.
+        """
+        groups: dict[str, list[int]] = {}
+        for name, heads in planned.groups().items():
+            runs = name
+            if q.device.type == "cuda" and emulates(
+                choose(q, k, v, blocks, tail, precision=name, impl=self.impl), name
+            ):
+                runs = EXACT
+                self._say_once(f"the plan's precision {name!r} has no kernel here: not quantised")
+            groups[runs] = sorted([*groups.get(runs, []), *heads])
+        return groups
 
     def _run(
         self,
@@ -434,10 +475,24 @@ def _step_index(scheduler: Any) -> int:
     return 0
 
 
+def _is_running(scheduler: Any) -> bool:
+    """Whether a pipeline has asked this scheduler for steps and not taken all of them yet."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or _step_index(scheduler) >= len(timesteps):
+        return False
+    # One that was never asked holds those of its training.
+    begun = any(getattr(scheduler, n, None) is not None for n in ("step_index", "begin_index"))
+    training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    return begun or len(timesteps) != training
+
+
 def _timestep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Timestep of a forward, for a transformer without a pipeline; one device sync per forward."""
+    """Timestep of a forward, for a transformer without a pipeline; one device sync per forward.
+
+    Where every token has its own (image to video), those of the clean image are 0.
+    """
     value = argument(module, args, kwargs, "timestep")
-    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+    return float(value.max()) if isinstance(value, Tensor) else float(value)
 
 
 @torch.library.custom_op("gen_accel::attend", mutates_args=())

@@ -210,5 +210,5 @@ def _indices(
         return None
     # Cached: made under inference_mode, they could never serve a call that needs a gradient.
     with torch.inference_mode(False):
-        index = torch.tensor(permutation)
+        index = torch.tensor(permutation, device="cpu")
         return index.to(device), inverse_permutation(index).to(device)

@@ -72,7 +72,7 @@ class Component:
         for layer, (name, stock) in enumerate(self.taken.items()):
             kind = self.family.processors[type(stock).__name__]
             # A tensor, for torch.compile would make a graph of its own for every integer.
-            number = torch.tensor(layer)
+            number = torch.tensor(layer, device="cpu")
             processor = kind(self.engine.attend, number, stock)
             parallel = getattr(self.transformer, "_parallel_config", None)
             if context_parallel(parallel) is not None:
@@ -232,12 +232,34 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False, compile: bool 
         )
     plan = processor.load_plan()
     found = _transformers(pipe)
+    earlier = [c for t in found.values() if (c := getattr(t, _COMPONENT, None)) is not None]
+    for component in earlier:
+        component.remove()
+    try:
+        components = _components(pipe, found, processor, plan, profile, compile)
+    except Exception:
+        for component in earlier:  # what was refused shall leave the pipeline as it was
+            component.install()
+        raise
+    for component in components:
+        component.install()
+    handle = Handle(processor, components)
+    log.debug("%s", handle.summary())
+    return handle
+
+
+def _components(
+    pipe: Any,
+    found: dict[str, nn.Module],
+    processor: Policy,
+    plan: AttentionPlan | None,
+    profile: bool,
+    compile: bool,
+) -> list[Component]:
+    """One for each transformer, not installed yet."""
     scheduler = None if isinstance(pipe, nn.Module) else _scheduler_of(pipe)
     components = []
     for name, transformer in found.items():
-        earlier = getattr(transformer, _COMPONENT, None)
-        if earlier is not None:
-            earlier.remove()
         family = family_of(transformer)
         taken, left = _modules(transformer, family)
         if not taken:
@@ -262,11 +284,7 @@ def apply(pipe: Any, processor: Policy, *, profile: bool = False, compile: bool 
         )
     if plan is not None:
         plan.check({component.name: component.model for component in components})
-    for component in components:
-        component.install()
-    handle = Handle(processor, components)
-    log.debug("%s", handle.summary())
-    return handle
+    return components
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
@@ -291,12 +309,20 @@ def _transformers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _scheduler_of(pipe: Any) -> Callable[[], Any]:
-    """Looked up at every forward: users swap schedulers. Weak, or the pipeline would never die."""
+    """Looked up at every forward: users swap schedulers. Weak, or the pipeline would never die.
+
+    Its last scheduler outlives it, because another pipeline may go on with both
+    (``pipe = OtherPipeline.from_pipe(pipe)``).
+    """
     reference = weakref.ref(pipe)
+    last = getattr(pipe, "scheduler", None)
 
     def scheduler() -> Any:
+        nonlocal last
         alive = reference()
-        return None if alive is None else getattr(alive, "scheduler", None)
+        if alive is not None:
+            last = getattr(alive, "scheduler", None)
+        return last
 
     return scheduler
 

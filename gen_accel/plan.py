@@ -87,7 +87,11 @@ class LayerPlan:
         mask = self.masks[group].to(device)
         full = torch.ones(1, mask.shape[0], rows, cols, dtype=torch.bool, device=device)
         full[0, :, :video, :video] = mask
-        return Blocks.from_mask(full, q_len=layout.tokens, kv_len=kv_len, block_size=block)
+        # Where a row keeps all there is, the longest list is known, and a GPU is not asked for it.
+        width = cols if rows > video else None
+        return Blocks.from_mask(
+            full, q_len=layout.tokens, kv_len=kv_len, block_size=block, width=width
+        )
 
 
 @dataclass(eq=False)

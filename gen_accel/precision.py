@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -77,12 +78,19 @@ def split_heads(
         tail: What stands in for hidden blocks.
         heads: Ascending.
     """
-    index = torch.tensor(heads, device=q.device)
+    index = head_index(tuple(heads), q.device)
     if list(heads) == list(range(heads[0], heads[-1] + 1)):
         q, k, v = (x[:, :, heads[0] : heads[-1] + 1] for x in (q, k, v))
     else:  # in the memory that carriers read fastest, as orders leave it
         q, k, v = (x.transpose(1, 2)[:, index].transpose(1, 2) for x in (q, k, v))
     return q, k, v, _blocks_of(blocks, tuple(heads)), _tail_of(tail, index)
+
+
+@lru_cache(maxsize=1024)
+def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of heads on a device; kept, because a GPU waits for each such copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 # Lists of a plan serve many calls, and so do their parts.
@@ -98,7 +106,7 @@ def _blocks_of(blocks: Blocks, heads: tuple[int, ...]) -> Blocks:
         return blocks
     parts = _parts.setdefault(blocks, {})
     if heads not in parts:
-        index = torch.tensor(heads, device=blocks.device)
+        index = head_index(heads, blocks.device)
         parts[heads] = replace(
             blocks,
             full_kv_num_blocks=blocks.full_kv_num_blocks[:, index],

@@ -281,7 +281,7 @@ class GnaProcessor(Policy):
         setting = WindowSetting(**settings)
         if self.impl == "natten" and (reason := natten.missing()):  # before the dense steps
             raise ValueError(f"impl='natten': {reason}")
-        return WindowPlanner(setting, layers, lists=self.impl != "natten")
+        return WindowPlanner(setting, layers, self.impl != "natten", self.min_tokens)
 
 
 _SHARED_ORDERS = {"curve": CurveOrder, "raster": RasterOrder}

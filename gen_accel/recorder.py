@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,8 +116,8 @@ class Recorder:
         video = self.grid.numel
         permutations = torch.stack([axis_permutation(self.grid, o) for o in self.candidates])
         # Random rows: evenly spaced ones would alias with the width of the grid.
-        generator = torch.Generator().manual_seed(layer)
-        rows = torch.randperm(video, generator=generator)[:_ORDER_ROWS].sort().values
+        generator = torch.Generator("cpu").manual_seed(layer)
+        rows = torch.randperm(video, generator=generator, device="cpu")[:_ORDER_ROWS].sort().values
         by_mass = self.measurement.criterion == "mass"
         stats = order_statistics(
             q,
@@ -151,8 +152,10 @@ class Recorder:
         )
         self._require_finite(layer, mass)
         if layer not in self._mass:
-            self._mass[layer] = torch.zeros(self.groups, *mass.shape)
-            self._seen[layer] = torch.zeros(self.groups)
+            # Whatever the defaults are.
+            exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+            self._mass[layer] = torch.zeros(self.groups, *mass.shape, **exact)
+            self._seen[layer] = torch.zeros(self.groups, **exact)
         self._mass[layer][group] += mass.cpu()
         self._seen[layer][group] += 1
         self.calls += 1

@@ -51,7 +51,8 @@ class Schedule:
             return None
         if context.step < self.dense_step_count(context.steps):
             return f"first {self.dense_steps:.0%} of the steps"
-        if context.step >= context.steps - math.ceil(self.dense_last_steps * context.steps - 1e-9):
+        last = math.ceil(self.dense_last_steps * context.steps - 1e-9)
+        if last > 0 and context.step >= context.steps - last:
             return f"last {self.dense_last_steps:.0%} of the steps"
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +19,17 @@ from gen_accel.kernels.tail import (
 )
 
 KINDS = ("drop", "rectified", "joint")
+PARTS = (1, 2, 4, 8, 16)  # of a block
 NAMES = ("drop", "rectified", "rectified+gapr", "joint", "joint+variance")
+
+
+def check_parts(parts: int) -> None:
+    """Raise ValueError unless blocks of every size fall into so many equal parts."""
+    if parts not in PARTS:
+        raise ValueError(
+            f"parts={parts}: one of {', '.join(map(str, PARTS))}, for the smallest blocks have 16 "
+            "tokens"
+        )
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,9 @@ class TailSetting:
             ``"paper"``.
         smooth: Subtract the mean key before GAPR's test, which otherwise depends on a constant
             that attention does not see. The authors do not.
-        parts: Of the joint tail: stand-ins per block, one for each of so many equal parts of it.
+        parts: Of the joint tail: stand-ins per block, one for each of so many equal parts of it; a
+            power of two up to 16. Blocks that it does not divide (windows have some of 110 tokens)
+            have half or a quarter as many.
         variance: Of the joint tail: add the second-order term of the keys' variance.
     """
 
@@ -51,8 +64,7 @@ class TailSetting:
             raise ValueError(f"gapr={self.gapr!r} belongs to kind='rectified', not {self.kind!r}")
         if (self.parts != 1 or self.variance) and self.kind != "joint":
             raise ValueError(f"parts and variance belong to kind='joint', not {self.kind!r}")
-        if self.parts < 1:
-            raise ValueError(f"parts={self.parts}: a block has at least one stand-in")
+        check_parts(self.parts)
 
     @classmethod
     def parse(cls, value: str | TailSetting) -> TailSetting:
@@ -107,8 +119,6 @@ class TailSetting:
             real: bool ``[pooled]``, those of them that exist; None: all.
             scores: Scores of whole blocks that the selection already has.
 
-        Raises:
-            ValueError: ``parts`` does not divide the block.
         """
         if self.kind == "drop" or pooled == 0:
             return None
@@ -117,7 +127,7 @@ class TailSetting:
                 k[:, :pooled],
                 v[:, :pooled],
                 blocks.block_kv,
-                per_block=self.parts,
+                per_block=math.gcd(self.parts, blocks.block_kv),
                 real=real,
                 variance=self.variance,
             )

@@ -133,6 +133,25 @@ def test_auto_takes_a_block_sparse_window_of_the_density(grid, density):
     assert planner.lookup(1, layout, 0, torch.device("cpu"), None) is planned
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": (99, 3, 3)}, "99"),
+        ({"window": 3, "tile": (4, 8, 8), "block": 16}, "block=16: a tile of"),
+        ({"window": {1: (3, 3, 99)}}, "99"),
+        ({"window": 3, "tile": (4, 8)}, "tile="),
+    ],
+)
+def test_what_does_not_fit_the_grid_is_refused_before_the_dense_steps(settings, message):
+    pipe, call = tiny.tiny_wan()
+    with apply(pipe, gna(dense_steps=0.8, **settings)) as handle:
+        with pytest.raises(ValueError, match=message):
+            tiny.run(pipe, **call)
+        assert not handle.stats()["transformer"].dense
+    with apply(pipe, gna(dense_steps=0.8, min_tokens=10**6, **settings)):
+        tiny.run(pipe, **call)  # stays dense, so nothing has to fit
+
+
 def test_another_grid_is_planned_anew():
     pipe, call = tiny.tiny_wan()
     with apply(pipe, gna(window=3)):

@@ -23,6 +23,8 @@ from gen_accel import (
     apply,
     calibrate,
 )
+from gen_accel.engine import Engine
+from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.plan import PlanError
 from gen_accel.planner import calibrated
 from gen_accel.planner.base import Lists
@@ -141,6 +143,97 @@ def test_plans_for_something_else_are_refused(tmp_path):
     with pytest.raises(PlanError, match="made for WanTransformer3DModel/2x2x24"):
         apply(other, paro(plan=plan))
     assert all(type(p) is WanAttnProcessor for p in other.transformer.attn_processors.values())
+
+
+def test_a_refused_plan_leaves_the_processors_that_were_there():
+    pipe, call = setup(tiny.tiny_wan)
+    other, other_call = setup(tiny.tiny_wan, heads=4)
+    with apply(other, paro()) as handle:
+        tiny.run(other, **other_call)
+        plan = handle.plan
+    kept = apply(pipe, paro())
+    with pytest.raises(PlanError):
+        apply(pipe, paro(plan=plan))
+    tiny.run(pipe, **call)
+    assert kept.stats()["transformer"].sparse == 16
+
+
+def test_another_pipeline_with_the_same_scheduler_goes_on():
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, paro())
+    pipe = WanPipeline(**pipe.components)
+    gc.collect()  # the pipeline it was put on is gone
+    tiny.run(pipe, **call)
+    stats = handle.stats()["transformer"]
+    assert stats.dense == {"first 20% of the steps": 4} and stats.sparse == 16
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_another_pipeline_with_a_scheduler_of_its_own_is_noticed(ran, caplog):
+    pipe, call = setup(tiny.tiny_wan)
+    handle = apply(pipe, GnaProcessor(min_tokens=0, dense_steps=0.4, window=3))
+    if ran:
+        tiny.run(pipe, **call)
+        assert not caplog.records
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other = WanPipeline(**{**pipe.components, "scheduler": scheduler})
+    tiny.run(other, **call)
+    stats = handle.stats()["transformer"]
+    assert stats.sparse == 20 and not stats.dense, "its steps cannot be counted"
+    said = [r.message for r in caplog.records if "not of the pipeline" in r.message]
+    assert len(said) == 1 and "set the processors on the pipeline that runs" in said[0]
+
+
+def test_the_clean_tokens_of_an_image_do_not_say_the_noise_level():
+    pipe, call = setup(tiny.tiny_wan)
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given), with_kwargs=True
+    )
+    tiny.run(pipe, **call)
+    hook.remove()
+    handle = apply(pipe.transformer, paro())
+    engine = handle.components[0].engine
+    for level in (900.0, 500.0):
+        steps = torch.full((1, 120), level)
+        steps[:, :24] = 0
+        engine.begin(pipe.transformer, (), {**seen[0], "timestep": steps})
+        assert engine.context.sigma == level / 1000 and engine.context.branch == 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [paro(), paro(order="curve", tail="joint/4"), SparseProcessor(min_tokens=0, block=16)],
+    ids=["axis", "curve", "pooled"],
+)
+def test_defaults_of_torch_do_not_matter(policy):
+    """What processors make stands on the CPU in fp32, whatever a user has set."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 120, 2, 16, generator=generator)
+    layer = torch.tensor(0)
+
+    def attend():
+        engine = Engine(
+            name="test",
+            layers=1,
+            planner=policy.planner("test", "test", 1),
+            **policy.engine_settings(),
+        )
+        for _ in range(2):  # the first call calibrates, where that is needed
+            engine.enter(ForwardContext(TokenLayout(TokenGrid(5, 4, 6))))
+            out = engine.attend(q, k, v, layer=layer)
+        assert engine.stats.sparse
+        return out
+
+    expected = attend()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        out = attend()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(out, expected)
 
 
 def test_applying_again_replaces_and_an_old_handle_is_harmless():
@@ -318,6 +411,12 @@ def test_lists_beyond_the_budget_are_made_anew(monkeypatch):
         kept.clear()
         tiny.run(pipe, **call)
         assert len(kept) == 1
+        # Those of a step group that is over make room for those of the next.
+        (key,) = kept
+        over = (key[0], key[1] - 1, *key[2:])
+        kept[over] = kept.pop(key)
+        tiny.run(pipe, **call)
+        assert list(kept) == [key]
     with apply(pipe, paro()) as handle:
         assert torch.equal(tiny.run(pipe, **call), expected)
         assert len(handle.components[0].planner._lists) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from safetensors import safe_open
 
 from gen_accel import AttentionPlan, GnaProcessor, ParoProcessor, SpaAttnProcessor, apply, calibrate
 from gen_accel import engine as engine_module
+from gen_accel.engine import Engine
 from gen_accel.kernels.api import block_sparse_attention
+from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.quant import PRECISIONS
 from gen_accel.kernels.tail import block_scores, pool_keys, rectify
 from gen_accel.plan import PlanError
 from gen_accel.precision import HeadPrecisions, PrecisionMeter, head_errors, pays, split_heads
+from gen_accel.schedule import Schedule
 from helpers import tiny
 from helpers.attention_cases import Case, banded, random
 
@@ -214,6 +218,21 @@ def test_paro_prefers_int8_where_a_kernel_runs_it(kernel, monkeypatch):
     ):
         _, stats, _ = run(policy, build)
         assert set(stats.precision) == {expected}
+
+
+def test_a_plans_precision_without_a_kernel_on_this_gpu_is_not_quantised(monkeypatch):
+    planner = HeadPrecisions(("int8", "int8+fp8", "auto", "int8+fp8"))
+    q = torch.zeros(1, 32, 4, 16)
+    blocks = Blocks.from_mask(
+        torch.ones(1, 1, 2, 2, dtype=torch.bool), q_len=32, kv_len=32, block_size=16
+    )
+    engine = Engine(name="t", layers=1, schedule=Schedule(), planner=None)
+    assert engine._runnable(planner, q, q, q, blocks, None) == planner.groups()
+    monkeypatch.setattr(engine_module, "emulates", lambda carrier, name: "fp8" in name)
+    monkeypatch.setattr(engine_module, "choose", lambda *a, **k: "triton")
+    on_gpu = MagicMock(device=torch.device("cuda"))
+    found = engine._runnable(planner, on_gpu, q, q, blocks, None)
+    assert found == {"int8": [0], "auto": [1, 2, 3]}
 
 
 def test_bad_numbers_are_named_on_request(caplog):

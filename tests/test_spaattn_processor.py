@@ -7,6 +7,7 @@ from gen_accel.engine import Engine
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.curve import CurveOrder
+from gen_accel.planner.pooled import PooledPlanner
 from gen_accel.select.neighbours import block_neighbours
 from gen_accel.select.presets import SPAATTN
 from gen_accel.tail import NAMES, TailSetting
@@ -197,6 +198,20 @@ def test_lists_are_kept_for_some_steps_and_branches_have_their_own():
     finally:
         type(runs.planner)._select = select
     assert made == [(s, b) for s in (0, 2, 4) for b in (0, 1)]
+
+
+def test_lists_are_kept_where_branches_have_text_of_different_lengths(monkeypatch):
+    pipe, call = tiny.tiny_hunyuan()
+    call = {**call, "num_inference_steps": 8, "true_cfg_scale": 2.0, "negative_prompt": "a b c"}
+    made = []
+    select = PooledPlanner._select
+    monkeypatch.setattr(
+        PooledPlanner, "_select", lambda self, *a: (made.append(a), select(self, *a))[1]
+    )
+    with apply(pipe, SpaAttnProcessor(refresh=4, min_tokens=0, dense_steps=0, block=16)) as handle:
+        tiny.run(pipe, **call)
+        layers = handle.components[0].engine.layers
+    assert len(made) == 2 * 2 * layers, "twice in eight steps, for each branch and layer"
 
 
 def test_densities_follow_the_run():

@@ -42,8 +42,11 @@ def test_what_a_setting_makes(name):
 
 def test_parts_divide_the_block():
     assert TailSetting.parse("joint/4").make(*call(), pooled=64).per_block == 4
-    with pytest.raises(ValueError, match="per_block=5: it must divide"):
-        TailSetting.parse("joint/5").make(*call(), pooled=64)
+    odd = Blocks.from_mask(
+        torch.eye(3, dtype=torch.bool)[None, None], q_len=64, kv_len=64, block_size=22
+    )
+    tail = TailSetting.parse("joint/4").make(*call()[:3], odd, pooled=44)
+    assert tail.per_block == 2 and tail.bias.numel() == 4, "22 tokens have no quarters"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,8 @@ def test_parts_divide_the_block():
         (dict(kind="joint", gapr="code"), "belongs to kind='rectified'"),
         (dict(kind="drop", variance=True), "belong to kind='joint'"),
         (dict(kind="joint", parts=0), "parts=0"),
+        (dict(kind="joint", parts=5), "parts=5: one of 1, 2, 4, 8, 16"),
+        (dict(kind="joint", parts=32), "parts=32"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -40,7 +40,7 @@ def candidate_orders(grid: TokenGrid) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def axis_permutation(grid: TokenGrid, order: int) -> Tensor:
     """``perm[i]`` = raster index of the token that stands at place ``i``; int64 ``[F*H*W]``."""
-    return torch.arange(grid.numel).view(*grid).permute(*_AXES[order]).reshape(-1)
+    return torch.arange(grid.numel, device="cpu").view(*grid).permute(*_AXES[order]).reshape(-1)
 
 
 def inverse_permutation(perm: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.plan import AttentionPlan, ComponentPlan, PlanError
 from gen_accel.planner.base import CALIBRATING, Lists, Planned
@@ -15,9 +16,10 @@ from gen_accel.schedule import Schedule
 
 log = logging.getLogger("gen_accel")
 
-# Lists of 75,000 tokens take about 33 MB a layer. Those beyond this are made anew in every call;
-# throwing old ones out instead would, with layers called in turn, find none of them again.
+# Lists of 75,600 tokens and 40 heads take 55 MB a layer. Those beyond this are made anew in every
+# call; throwing old ones out instead would, with layers called in turn, find none of them again.
 _LIST_BYTES = 1 << 30
+_LIST_SHARE = 16  # of a GPU's memory, one part, where that is more
 
 
 class CalibratedPlanner:
@@ -108,10 +110,18 @@ class CalibratedPlanner:
         blocks = self._lists.get(key)
         if blocks is None:
             blocks = plan.blocks(group, layout, self.block, device, text)
-            if sum(kept.nbytes for kept in self._lists.values()) + blocks.nbytes <= _LIST_BYTES:
-                self._lists[key] = blocks
+            self._keep(key, blocks)
         pooled = layout.grid.numel // self.block * self.block
         return Planned(plan.orders, blocks, pooled, precision=plan.precision)
+
+    def _keep(self, key: tuple, blocks: Blocks) -> None:
+        """Keep lists while there is room; those of step groups that are over make it."""
+        room = _room(blocks.device) - blocks.nbytes
+        if sum(kept.nbytes for kept in self._lists.values()) > room:
+            for other in [k for k in self._lists if k[1] != key[1]]:
+                del self._lists[other]
+        if sum(kept.nbytes for kept in self._lists.values()) <= room:
+            self._lists[key] = blocks
 
     def watches(self, layer: int) -> bool:
         """See `Planner.watches`."""
@@ -163,3 +173,10 @@ class CalibratedPlanner:
             if layer not in self.component.layers
             and not self.schedule.is_dense_layer(layer, self.layers)
         ]
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that lists may take."""
+    if device.type != "cuda":
+        return _LIST_BYTES
+    return max(_LIST_BYTES, torch.cuda.get_device_properties(device).total_memory // _LIST_SHARE)

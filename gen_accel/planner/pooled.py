@@ -55,7 +55,9 @@ class PooledPlanner:
     def begin(self, context: ForwardContext) -> None:
         """Lists do not outlive a run or a grid."""
         before = self._context
-        if context.run != before.run or context.layout != before.layout:
+        grids = [c.layout and c.layout.grid for c in (before, context)]
+        # Branches of guidance may have text of different lengths, which the keys tell apart.
+        if context.run != before.run or grids[0] != grids[1]:
             self._kept.clear()
         self._context = context
         self._asked.clear()
@@ -138,12 +140,12 @@ def _forced(
     device: torch.device,
 ) -> Tensor:
     number = -(-grid.numel // block)
-    forced = torch.eye(number, dtype=torch.bool)
+    forced = torch.eye(number, dtype=torch.bool, device="cpu")
     permutation = order.permutation(grid)
     if neighbours:
-        forced |= torch.as_tensor(block_neighbours(permutation, grid, block))
+        forced |= torch.as_tensor(block_neighbours(permutation, grid, block), device="cpu")
     if first_frame:
-        first = torch.as_tensor(frame_blocks(permutation, grid, block))
+        first = torch.as_tensor(frame_blocks(permutation, grid, block), device="cpu")
         forced |= first[:, None] & first
     with torch.inference_mode(False):
         return forced.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.order.tile import TileOrder
 from gen_accel.planner.base import Lists, Planned, Windowed
-from gen_accel.select.gna import gna_plan, head_windows
+from gen_accel.select.gna import gna_plan, head_windows, tile_shape
 from gen_accel.select.suggest import fitting_tile, suggest
 from gen_accel.select.window import Window
 
@@ -56,6 +56,17 @@ class WindowSetting:
             device=device,
         )
         return Planned(order, blocks, order.places(layout.grid), _real(order, layout.grid, device))
+
+    def check(self, layout: TokenLayout, layers: int) -> None:
+        """Raise ValueError where a setting does not fit this grid; cheaper than a plan."""
+        own = isinstance(self.window, Mapping)
+        for layer in range(layers) if own else (0,):
+            grid, window, settings, tile = self._resolve(layer, layout, None)
+            windows = head_windows(grid, window, **settings)
+            if not isinstance(tile, str):
+                frames, height, width = (axis.dilation for axis in windows[0].axes)
+                order = TileOrder(tile_shape(tile, len(grid)), (frames, height, width), self.block)
+                order.places(layout.grid)
 
     def windows(self, layer: int, layout: TokenLayout, heads: slice | None = None) -> Windowed:
         """The windows of one layer; arguments as `Planner.lookup`."""
@@ -111,17 +122,31 @@ class WindowPlanner:
         setting: The window.
         layers: Number of attention modules.
         lists: False hands out the windows themselves instead of block lists.
+        min_tokens: Shorter sequences stay dense, so that nothing has to fit them.
     """
 
-    def __init__(self, setting: WindowSetting, layers: int = 0, lists: bool = True) -> None:
+    def __init__(
+        self, setting: WindowSetting, layers: int = 0, lists: bool = True, min_tokens: int = 0
+    ) -> None:
         self.setting = setting
         self.layers = layers
         self.lists = lists
+        self.min_tokens = min_tokens
         self._planned = Lists()
+        self._checked: TokenGrid | None = None
 
     def begin(self, context: ForwardContext) -> None:
-        """Forget the lists of another grid, and of other prompts."""
+        """Forget the lists of another grid, and of other prompts.
+
+        Raises:
+            ValueError: A setting does not fit the grid: now, not behind the dense steps.
+        """
         self._planned.begin(context)
+        layout = context.layout
+        if layout is None or layout.grid == self._checked or layout.tokens < self.min_tokens:
+            return
+        self.setting.check(layout, self.layers)
+        self._checked = layout.grid
 
     def lookup(
         self, layer: int, layout: TokenLayout, text: int, device: torch.device, heads: slice | None

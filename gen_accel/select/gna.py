@@ -82,7 +82,7 @@ def gna_plan(
         raise ValueError(f"text_keys={text_keys}: between 0 and text={text}")
     windows = head_windows(grid, window, stride, dilation, causal)
     video = TokenGrid(*windows[0].grid)
-    shape = auto_tile(windows, block, border) if tile == "auto" else _shape(tile, len(grid))
+    shape = auto_tile(windows, block, border) if tile == "auto" else tile_shape(tile, len(grid))
     if border == "snap":
         windows = [replace(w, snap=shape) for w in windows]
     frames, height, width = (axis.dilation for axis in windows[0].axes)
@@ -177,7 +177,7 @@ def _in_front(window: Window, axes: int) -> Window:
     return Window.from_axes([AxisWindow(1)] * axes + list(window.axes))
 
 
-def _shape(tile: Any, axes: int) -> tuple[int, int, int]:
+def tile_shape(tile: Any, axes: int) -> tuple[int, int, int]:
     """A tile on three axes."""
     if isinstance(tile, str) or not isinstance(tile, Sequence) or len(tile) != axes:
         raise ValueError(f"tile={tile!r}: 'auto', or {axes} numbers for a grid of {axes} axes")

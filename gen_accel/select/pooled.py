@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.tail import BlockScores
+from gen_accel.tail import check_parts
 
 BUDGETS = ("row", "layer")
 
@@ -55,8 +56,7 @@ class PooledSetting:
                 )
         if not 0 <= self.top_p < 1:
             raise ValueError(f"top_p={self.top_p}: a share of the mass, 0 <= top_p < 1")
-        if self.parts < 1:
-            raise ValueError(f"parts={self.parts}: at least one mean per block")
+        check_parts(self.parts)
         if self.refresh < 1:
             raise ValueError(f"refresh={self.refresh}: lists serve at least the step they are of")
         if self.budget not in BUDGETS:

@@ -84,6 +84,7 @@ def test_densities_change_in_the_run():
         (dict(density=((0.0, 0.3), (0.5, 2.0))), "density=2"),
         (dict(top_p=1.0), "top_p=1.0"),
         (dict(parts=0), "parts=0"),
+        (dict(parts=3), "parts=3: one of 1, 2, 4, 8, 16"),
         (dict(refresh=0), "refresh=0"),
         (dict(budget="head"), "budget='head'"),
         (dict(budget="layer", top_p=0.3), "chooses by rank"),
