@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -17,7 +18,11 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Dino:
-    """A DINO encoder from transformers; frames are squeezed to a square, as its processor does.
+    """A DINO encoder from transformers.
+
+    For class tokens the short side of frames is resized and the positions interpolated, as VBench
+    does (whose interpolation of positions, DINO's own, differs from transformers' in the last
+    digits); for patch tokens frames are squeezed to a square, as TokSim's script does.
 
     Args:
         model: A folder written by ``save_pretrained``, or a Hub id whose files are in the cache.
@@ -48,28 +53,35 @@ class Dino:
         described = _processor(Path(folder))
         self.size = described.get("size", config.image_size)
         self.device, self.antialias = device, antialias
+        takes = inspect.signature(self.model.forward).parameters
+        name = "interpolate_pos_encoding"  # where positions are not made for any size anyway
+        self._options = {name: True} if name in takes else {}
         self._mean = torch.tensor(described.get("mean", _MEAN), device=device).view(3, 1, 1)
         self._std = torch.tensor(described.get("std", _STD), device=device).view(3, 1, 1)
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Class tokens ``[n, features]`` of frames ``[n, 3, height, width]`` in [0, 1]."""
-        return self._states(frames)[:, 0]
+        short = min(frames.shape[-2:])
+        height, width = (self.size * side // short for side in frames.shape[-2:])
+        return self._states(frames, height, width)[:, 0]
 
     def tokens(self, frames: Tensor) -> Tensor:
         """Patch tokens ``[n, rows, columns, features]``, class token and registers left out."""
         side = self.size // self.patch
-        return self._states(frames)[:, self.skip :].unflatten(1, (side, side))
+        states = self._states(frames, self.size, self.size)
+        return states[:, self.skip :].unflatten(1, (side, side))
 
     @torch.inference_mode()
-    def _states(self, frames: Tensor) -> Tensor:
-        square = F.interpolate(
+    def _states(self, frames: Tensor, height: int, width: int) -> Tensor:
+        resized = F.interpolate(
             frames.float().to(self.device).expand(-1, 3, -1, -1),
-            (self.size, self.size),
+            (height, width),
             mode="bilinear",
             align_corners=False,
             antialias=self.antialias,
         )
-        return self.model((square - self._mean) / self._std).last_hidden_state.clone()
+        normed = (resized - self._mean) / self._std
+        return self.model(normed, **self._options).last_hidden_state.clone()
 
 
 def _processor(folder: Path) -> dict:

@@ -90,37 +90,53 @@ def ssim(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor
 def pixel_cosine(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
     """`cosine` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
     dot, video2, reference2, *_ = _sums(video, reference, per_frame)
-    return dot / (video2 * reference2).sqrt().clamp_min(_TINY)
+    return _angle(dot, video2.sqrt(), reference2.sqrt())
 
 
 def pixel_l1(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
     """`relative_l1` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
     _, _, _, difference, size, _ = _sums(video, reference, per_frame)
-    return difference / size.clamp_min(_TINY)
+    return _share(difference, size)
 
 
 def pixel_l2(video: Tensor, reference: Tensor, *, per_frame: bool = False) -> Tensor:
     """`relative_l2` of each clip's pixels in [0, 1], or of each frame's, see `psnr`."""
     _, _, reference2, _, _, difference2 = _sums(video, reference, per_frame)
-    return (difference2 / reference2.clamp_min(_TINY)).sqrt()
+    return _share(difference2.sqrt(), reference2.sqrt())
 
 
 def cosine(value: Tensor, reference: Tensor) -> Tensor:
-    """Cosine of the angle between two tensors of any shape, all elements taken as one vector."""
+    """Cosine of the angle between two tensors of any shape, all elements taken as one vector.
+
+    Zeros have no direction: 1 where both tensors are zero, as two black frames are equal, and 0
+    where one is.
+    """
     a, b = _flat(value, reference)
-    return a @ b / (a.norm() * b.norm()).clamp_min(_TINY)
+    return _angle(a @ b, a.norm(), b.norm())
 
 
 def relative_l1(value: Tensor, reference: Tensor) -> Tensor:
-    """``sum |value - reference| / sum |reference|`` over all elements."""
+    """``sum |value - reference| / sum |reference|`` over all elements.
+
+    Of a reference of zeros, such as a black frame, nothing is a share: 0 where the value is zero,
+    too, and else 1, its share of itself.
+    """
     a, b = _flat(value, reference)
-    return (a - b).abs().sum() / b.abs().sum().clamp_min(_TINY)
+    return _share((a - b).abs().sum(), b.abs().sum())
 
 
 def relative_l2(value: Tensor, reference: Tensor) -> Tensor:
-    """``|value - reference| / |reference|``, Euclidean norms over all elements."""
+    """``|value - reference| / |reference|``, Euclidean norms; zeros as for `relative_l1`."""
     a, b = _flat(value, reference)
-    return (a - b).norm() / b.norm().clamp_min(_TINY)
+    return _share((a - b).norm(), b.norm())
+
+
+def _angle(dot: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where((a == 0) & (b == 0), 1.0, dot / (a * b).clamp_min(_TINY))
+
+
+def _share(difference: Tensor, size: Tensor) -> Tensor:
+    return torch.where(size == 0, (difference > 0).to(size.dtype), difference / size)
 
 
 def _mse(frame: Tensor, reference: Tensor) -> Tensor:

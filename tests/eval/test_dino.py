@@ -64,6 +64,23 @@ def test_tokens_without_class_and_registers(dino3):
     assert int(moved.argmax()) == 3
 
 
+def test_class_tokens_keep_the_aspect(dino1):
+    """As VBench: short side resized without antialiasing, no crop, positions interpolated."""
+    from transformers import AutoModel
+
+    frames = drift(frames=2, size=60)[..., :40, :] / 255
+    wide = F.interpolate(frames, (48, 72), mode="bilinear", align_corners=False)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normed = (wide - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    model = AutoModel.from_pretrained(dino1)
+    with torch.no_grad():
+        right = model(normed, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        square = F.interpolate(normed, (48, 48), mode="bilinear")
+        squeezed = model(square).last_hidden_state[:, 0]
+    assert torch.allclose(Dino(dino1)(frames), right, atol=1e-5)
+    assert not torch.allclose(right, squeezed, atol=1e-2)
+
+
 def test_networks_of_the_registry(dino1, dino3):
     video = drift(size=40)
     subject = load_network(METRICS["subject_consistency"], dino1)

@@ -120,6 +120,21 @@ def test_pixel_distances_are_the_distances_of_the_pixels():
         assert ours(video, reference).tolist() == pytest.approx(wanted, abs=1e-12)
 
 
+def test_black_has_no_direction_and_no_share():
+    video = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    black = torch.zeros_like(video)
+    for ours, plain, both, one in (
+        (pixel_cosine, cosine, 1, 0),
+        (pixel_l1, relative_l1, 0, 1),
+        (pixel_l2, relative_l2, 0, 1),
+    ):
+        assert float(ours(black, black)) == float(plain(black, black)) == both
+        assert float(ours(video, black)) == float(plain(video, black)) == one
+        faded = torch.cat([black[:1], video[1:]])
+        values = ours(faded, faded, per_frame=True)
+        assert values.tolist() == pytest.approx([both] * 3, abs=1e-12)
+
+
 def test_uint8_never_wraps_around():
     low, high = torch.zeros(1, 1, 16, 16, dtype=torch.uint8), torch.full((1, 1, 16, 16), 255)
     high = high.to(torch.uint8)
