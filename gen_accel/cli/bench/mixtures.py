@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             result_row(
                 "mixture", f"{order}+{select}", sum(values) / len(values), "dB", n=len(values),
-                spread=interval(values), config={**config, "values": values},
+                spread=spread(values), config={**config, "values": values},
                 model=f"toy-{args.model}",
             )
         )  # fmt: skip
@@ -80,10 +80,11 @@ def processor(order: str, select: str, tail: str, density: float) -> Any:
     )
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean."""
-    import statistics
+def spread(values: list[float]) -> tuple[float, float] | None:
+    """Ends of the 95 % t interval of the mean; a single clip has none."""
+    from gen_accel.eval.verdict import interval
 
-    mean = statistics.fmean(values)
-    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    if len(values) < 2:
+        return None
+    mean, half = interval(values)
     return mean - half, mean + half

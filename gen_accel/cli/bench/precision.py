@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.cli.bench.mixtures import STEPS, interval
+from gen_accel.cli.bench.mixtures import STEPS, spread
 from gen_accel.cli.bench.options import TOY_MODEL, add
 from gen_accel.cli.bench.tails import _calls, prompts, table
 
@@ -257,7 +257,7 @@ def clips(model: str, folder: str | None, number: int) -> list[dict[str, Any]]:
             mean = sum(values) / len(values)
             rows.append(
                 result_row(
-                    "clip", name, mean, "dB", n=number, spread=interval(values), config=config,
+                    "clip", name, mean, "dB", n=number, spread=spread(values), config=config,
                     model=f"toy-{model}",
                 )
             )  # fmt: skip
