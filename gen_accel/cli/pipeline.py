@@ -47,8 +47,8 @@ _OURS = {
     "generator": "use --seed",
     "output_type": "drop it",
     "return_dict": "drop it",
-    "num_images_per_prompt": "give a prompt several times",
-    "num_videos_per_prompt": "give a prompt several times",
+    "num_images_per_prompt": "for more of a prompt run again with another --seed",
+    "num_videos_per_prompt": "for more of a prompt run again with another --seed",
 }
 
 

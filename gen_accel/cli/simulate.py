@@ -132,6 +132,8 @@ def _forecast(args: argparse.Namespace) -> int:
     from gen_accel.forecast import ASSUMED, describe, forecast, read_rates
     from gen_accel.published import published
 
+    if not 0 < args.density <= 1:
+        raise UsageError(f"--density {args.density:g}: a share of the keys lies in (0, 1]")
     model = published(args.model)
     height, width, frames = (
         asked or usual

@@ -261,6 +261,8 @@ class GnaSuggest(io.ComfyNode):
         from gen_accel.select.suggest import suggest
 
         grid = token_grid(model.get_model_object("diffusion_model"), {"x": latent["samples"]})
+        if grid.numel == 1:
+            raise ValueError("latent: one token has no window; take a larger latent")
         found = suggest(grid, density, border=border)
         lines = [f"grid {grid}, windows for density {density:g}:"]
         for number, window in enumerate(found, 1):

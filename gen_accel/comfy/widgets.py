@@ -148,11 +148,16 @@ def block_numbers(text: str) -> tuple[int, ...]:
         first, dash, last = part[1:].partition("-")
         first = part[0] + first
         try:
-            found += range(int(first), int(last) + 1) if dash else [int(part)]
+            block = range(int(first), int(last) + 1) if dash else [int(part)]
         except ValueError:
             raise ValueError(
                 f"dense_blocks={text!r}: {part!r} is neither a number nor a range such as 37-56"
             ) from None
+        if not block:
+            raise ValueError(
+                f"dense_blocks={text!r}: {part!r} ends before it begins; write {last}-{first}"
+            )
+        found += block
     return tuple(found)
 
 

@@ -253,7 +253,7 @@ def test_cuda_only_options_on_a_cpu_are_refused(capsys, checkpoint, tmp_path):
         (("pipeline.max_sequence_lenght=3",), "did you mean max_sequence_length?"),
         (("pipeline.output_type=np",), "pipeline.output_type: the command sets it; drop it"),
         (("pipeline.generator=1",), "pipeline.generator: the command sets it; use --seed"),
-        (("pipeline.num_videos_per_prompt=2",), "give a prompt several times"),
+        (("pipeline.num_videos_per_prompt=2",), "run again with another --seed"),
         (("--num-inference-steps=0",), "'0' must be a positive whole number"),
         (("--fps=-1",), "'-1' must be a positive number"),
         (("--processor=gna", "processor.tile=8"), "expected text or a list, each a whole number"),

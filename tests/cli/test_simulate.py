@@ -127,6 +127,8 @@ def test_a_forecast_of_a_whole_run(capsys):
         ("--device abacus", "--device abacus: rates are known of h200"),
         ("--model wan", "choose from hunyuan-video"),
         ("--dense-steps 7", "write K/N"),
+        ("--density -1", "--density -1: a share of the keys"),
+        ("--density 2", "--density 2: a share of the keys"),
         ("--height 721", "takes multiples of 16"),
     ],
 )

@@ -105,10 +105,24 @@ def test_dense_blocks_and_numbers(nodes):
     for text in ("one", "3-", "-", "1-2-3", "1.5"):
         with pytest.raises(ValueError, match="neither a number nor a range"):
             widgets.block_numbers(text)
+    with pytest.raises(ValueError, match="'56-37' ends before it begins; write 37-56"):
+        widgets.block_numbers("0, 56-37")
     assert widgets.numbers("tile", " auto ") == "auto"
     assert widgets.numbers("tile", "4, 8 8") == (4, 8, 8) and widgets.numbers("stride", "2") == 2
     with pytest.raises(ValueError, match="stride='': write auto"):
         widgets.numbers("stride", "")
+
+
+def test_one_token_has_no_window(nodes):
+    model, suggest = ModelPatcher(fake_comfy.WanModel()), nodes["GenAccelGnaSuggest"]
+    for size, fits in ((2, False), (16, True)):
+        latent = {"samples": torch.randn(1, 4, 1, size, size)}
+        settings = defaults(suggest) | {"model": model, "latent": latent}
+        if fits:
+            assert "density" in suggest.execute(**settings).values[2]
+        else:
+            with pytest.raises(ValueError, match="one token has no window"):
+                suggest.execute(**settings)
 
 
 def test_plans_stay_in_their_folder(nodes, tmp_path):
