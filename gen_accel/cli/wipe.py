@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     query = tuple(word.strip() for word in texts["query"].split(",") if word.strip())
     if hasattr(args, "mask") == hasattr(args, "expression"):
         raise UsageError("give --mask FILE or --expression TEXT, one of the two")
-    expression = _text(args, "expression") if hasattr(args, "expression") else None
-    if refam_settings(args) and expression is None:
+    expression = _text(args, "expression") if hasattr(args, "expression") else ""
+    if refam_settings(args) and not expression:
         raise UsageError("refam. settings are for --expression TEXT, and a mask is given")
     setting = _setting(args)
     if hasattr(args, "negative_prompt") and setting.true_cfg_scale == 1:
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     clip = read_clip(args.video)
     video = to_uint8(clip.frames)
     _check_target(out, len(video))
-    mask = _mask(args.mask) if expression is None else None
+    mask = None if expression else _mask(args.mask)
     pipe = shared.load_pipeline(args, shared.device_of(args))
-    if expression is not None:
+    if mask is None:
         mask = _from_expression(args, pipe, video, expression)
     result = _wipe(args, pipe, processor, video, mask, texts, query, setting)
 
