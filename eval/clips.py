@@ -91,18 +91,23 @@ def unit(frame: Tensor) -> Tensor:
         return frame
     if frame.device.type == "mps":
         frame = frame.cpu()  # no float64 there
-    if frame.dtype == torch.uint8:
-        return frame.double() / 255
-    if not frame.is_floating_point():
-        raise ValueError(f"dtype {frame.dtype}: expected uint8 or a float dtype")
-    low, high = float(frame.min()), float(frame.max())
+    require_unit(frame)
+    return frame.double() / 255 if frame.dtype == torch.uint8 else frame.double()
+
+
+def require_unit(frames: Tensor) -> None:
+    """Raise ValueError unless these are uint8, or floats in [0, 1]; NaN is not."""
+    if frames.dtype == torch.uint8:
+        return
+    if not frames.is_floating_point():
+        raise ValueError(f"dtype {frames.dtype}: expected uint8 or a float dtype in [0, 1]")
+    low, high = float(frames.min()), float(frames.max())
     # Written so that NaN fails too. The margin is for decoders that overshoot by rounding.
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(
             f"values from {low:g} to {high:g}: floats must lie in [0, 1]; divide by 255 or "
             "pass uint8"
         )
-    return frame.double()
 
 
 def _units(frames: Iterable[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.eval.clips import require_unit
 from gen_accel.eval.files import atomic
 
 # The Kinetics-400 I3D of StyleGAN-V's FVD. A TorchScript file is a program: only this one is run.
@@ -237,17 +238,8 @@ def unit_range(video: Tensor) -> Tensor:
     Raises:
         ValueError: Another dtype, or values outside, NaN included.
     """
-    if video.dtype == torch.uint8:
-        return video.float() / 255
-    if not video.is_floating_point():
-        raise ValueError(f"dtype {video.dtype}: expected uint8 or a float dtype in [0, 1]")
-    low, high = float(video.min()), float(video.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"values from {low:g} to {high:g}: floats must lie in [0, 1]; divide by 255 or pass "
-            "uint8"
-        )
-    return video.float().clamp(0, 1)
+    require_unit(video)
+    return video.float() / 255 if video.dtype == torch.uint8 else video.float().clamp(0, 1)
 
 
 def resize_short(frames: Tensor, size: int, *, antialias: bool = False) -> Tensor:

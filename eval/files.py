@@ -40,6 +40,21 @@ def write_text(path: str | Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
+def put_between(page: str | Path, begin: str, end: str, text: str | None = None) -> None:
+    """Replace what stands between two marks of a page; without a text only look for them.
+
+    Raises:
+        ValueError: The page has no such marks.
+    """
+    found = Path(page).read_text(encoding="utf-8")
+    before, opened, rest = found.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{page}: no lines {begin} and {end} to put tables between; add them")
+    if text is not None:
+        write_text(page, f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def check_writable(folder: str | Path) -> None:
     """Prove that files can be made in ``folder``, or that it could be made; leaves nothing behind.
 

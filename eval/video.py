@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.eval.clips import require_unit
 from gen_accel.eval.files import atomic
 
 FORMATS = ".mp4, .gif, .npy, .png (one frame), or a folder name for one PNG per frame"
@@ -138,13 +139,7 @@ def to_uint8(video: Tensor) -> Tensor:
     video = video.detach().cpu()
     if video.dtype == torch.uint8:
         return video
-    if not video.is_floating_point():
-        raise ValueError(f"dtype {video.dtype}: expected uint8 or a float dtype in [0, 1]")
-    if not (float(video.min()) >= -1e-3 and float(video.max()) <= 1 + 1e-3):
-        raise ValueError(
-            f"values from {float(video.min()):g} to {float(video.max()):g}: floats must lie in "
-            "[0, 1]; divide by 255 or pass uint8"
-        )
+    require_unit(video)
     return (video.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen_accel.cli.bench.options import add
-from gen_accel.cli.options import UsageError
 
 if TYPE_CHECKING:
     from gen_accel.eval.metric import Accumulator, Metric
@@ -28,12 +26,12 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gen_accel.eval.damage import KINDS, STRENGTHS, concordance, damage_series
-    from gen_accel.eval.files import write_text
+    from gen_accel.eval.files import put_between
     from gen_accel.eval.harness import append_rows, result_row
 
     page = Path(args.docs) if args.docs else None
-    if page is not None and _TABLE.search(page.read_text(encoding="utf-8")) is None:
-        raise UsageError(f"--docs {page}: no lines {BEGIN} and {END} to put the table between")
+    if page is not None:
+        put_between(page, BEGIN, END)
     metrics, networks = measurable(args)
     samples = tqdm(clips_of(args), total=args.clips, desc="damage", unit="clip")
     series = damage_series(samples, list(metrics.values()), networks)
@@ -59,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         append_rows(args.out, rows)
     if page is not None:
-        text = page.read_text(encoding="utf-8")
-        write_text(page, _TABLE.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text))
+        put_between(page, BEGIN, END, table)
     return 0
-
-
-_TABLE = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 
 
 def clips_of(args: argparse.Namespace) -> Any:

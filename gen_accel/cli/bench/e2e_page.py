@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def write_pages(
     Raises:
         ValueError: ``docs`` has no such place.
     """
-    from gen_accel.eval.files import write_text
+    from gen_accel.eval.files import put_between, write_text
 
     rows = newest(rows)
     files = ["manifest.json"]
@@ -49,24 +48,9 @@ def write_pages(
                 write_text(folder / name, picture)
                 files.append(name)
         if docs is not None:
-            put_tables(docs, tables)
+            put_between(docs, BEGIN, END, tables)
     write_text(folder / "manifest.json", json.dumps({**manifest, "files": files}, indent=1) + "\n")
     return f"wrote {folder / files[-1 if len(files) == 1 else 1]}"
-
-
-def put_tables(page: str | Path, tables: str) -> None:
-    """Replace what stands between the marks of a page.
-
-    Raises:
-        ValueError: There are no marks.
-    """
-    from gen_accel.eval.files import write_text
-
-    text = Path(page).read_text(encoding="utf-8")
-    place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not place.search(text):
-        raise ValueError(f"--docs {page}: write {BEGIN} and {END} where the tables belong")
-    write_text(page, place.sub(lambda _: f"{BEGIN}\n{tables}\n{END}", text))
 
 
 def e2e_tables(rows: list[Row]) -> str:

@@ -2,16 +2,15 @@
 
 Every clip is drawn twice, with and without its target, so errors are exact. Settings were chosen on
 the ``val`` split (`SETTING`); numbers come from ``test``. A clip's results are appended when it is
-done, and clips that the file already holds are not run again.
+done, and clips that the file already holds, of the same weights and settings, are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from gen_accel.pipelines.wipe_setting import WipeSetting
 from gen_accel.pipelines.words import text_spans, word_tokens
 
 BEGIN, END = "<!-- wipe: begin -->", "<!-- wipe: end -->"
-_PLACE = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 TOKENS = 32  # of text
 COVERED = 0.25  # share of a token's pixels an effect must change for the token to count as effect
 SPEED_DENSITY = 0.2
@@ -455,22 +453,24 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gen_accel.cli.bench.wipe_table import tables
-    from gen_accel.eval.files import write_text
-    from gen_accel.eval.harness import append_rows, commit, device_name, read_rows
+    from gen_accel.eval.files import put_between
+    from gen_accel.eval.harness import append_rows, read_rows
     from gen_accel.eval.toys import load_toy
 
     if args.model != "hunyuan-video":
         raise ValueError(f"--model {args.model}: its settings are toy-hunyuan-video's")
     page = Path(args.docs) if args.docs else None
-    if page is not None and not _PLACE.search(page.read_text("utf-8")):
-        raise ValueError(f"--docs {page}: no lines {BEGIN} and {END} to put the tables between")
+    if page is not None:
+        put_between(page, BEGIN, END)
     path = Path(args.out) if args.out else None
     rows = read_rows(path) if path is not None and path.is_file() else []
     flow = VideoFlow(load_toy(args.model, args.folder), max_sequence_length=TOKENS)
-    info = {
-        "kind": "wipe", "split": args.split, "model": f"toy-{args.model}", "commit": commit(),
-        "device": device_name("cpu"), "date": date.today().isoformat(),
-    }  # fmt: skip
+    of = made_of(flow.pipe)
+    others = len(rows)
+    rows = [row for row in rows if row["split"] == args.split and row.get("made_of") == of]
+    if others > len(rows):
+        print(f"{path}: {others - len(rows)} rows of other splits, weights or settings left out")
+    finish = partial(_row, args, of)
     jobs = _jobs(args, rows)
     network = toy_tokens()
     with torch.no_grad(), tqdm(jobs, unit="batch", disable=not jobs) as bar:
@@ -483,31 +483,55 @@ def run(args: argparse.Namespace) -> int:
                 made = reconstruction_rows(flow, batch, SETTING)
             else:
                 made = removal_rows(flow, batch, SETTING, network, what == "ablated")
-            made = [{**info, **_headline(row), **row} for row in made]
+            made = [finish(row) for row in made]
             rows += made
             if path is not None:
                 append_rows(path, made)
     if args.rounds:
         with torch.no_grad():
             row = speed_row(flow, args.rounds)
-        rows.append({**info, **_headline(row), **row})
+        rows.append(finish(row))
         if path is not None:
             append_rows(path, rows[-1:])
-    text = tables([row for row in rows if row["split"] == args.split])
+    text = tables(rows)
     print(text)
     if page is not None:
-        write_text(page, _PLACE.sub(lambda _: f"{BEGIN}\n{text}\n{END}", page.read_text("utf-8")))
+        put_between(page, BEGIN, END, text)
     return 0
 
 
-def _headline(row: dict) -> dict:
-    """The one number of a row, as all result files have it."""
+def made_of(pipe: Any) -> str:
+    """Hash of the weights and of `SETTING`: what results of other ones are told apart by."""
+    digest = hashlib.sha256(repr((SETTING, TOKENS)).encode())
+    for name, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module):
+            for key, value in module.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def _row(args: argparse.Namespace, of: str, row: dict) -> dict:
+    """A row as all result files have it, with what the tables read beside it."""
+    from gen_accel.eval.harness import result_row
+
+    name, value, unit = _headline(row)
+    config = {"split": args.split, "made_of": of}
+    model = f"toy-{args.model}"
+    full = result_row(
+        "wipe", name, value, unit, config=config, model=model, seed=row["seed"], device="cpu"
+    )
+    return {**full, **config, **row}
+
+
+def _headline(row: dict) -> tuple[str, float, str]:
+    """Name, number and unit of a row."""
     part = row["part"]
     key, unit = {
         "mask": ("iou", "IoU"), "reconstruction": ("attn_v", "dB"), "speed": ("ratio", "x"),
     }.get(part, ("", "dB"))  # fmt: skip
     value = row[key] if key else row["arms"][FULL]["foreground"]
-    return {"name": f"{part} {row['set']}", "value": value, "unit": unit}
+    return f"{part} {row['set']}", value, unit
 
 
 def _jobs(
