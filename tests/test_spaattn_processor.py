@@ -7,6 +7,7 @@ from gen_accel.engine import Engine
 from gen_accel.kernels.blocks import Blocks
 from gen_accel.layout import ForwardContext, TokenLayout, Unsupported
 from gen_accel.order.curve import CurveOrder
+from gen_accel.planner import pooled
 from gen_accel.planner.pooled import PooledPlanner
 from gen_accel.select.neighbours import block_neighbours
 from gen_accel.select.presets import SPAATTN
@@ -212,6 +213,18 @@ def test_lists_are_kept_where_branches_have_text_of_different_lengths(monkeypatc
         tiny.run(pipe, **call)
         layers = handle.components[0].engine.layers
     assert len(made) == 2 * 2 * layers, "twice in eight steps, for each branch and layer"
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_hunyuan, tiny.tiny_flux], ids=lambda b: b.__name__)
+def test_lists_that_are_routed_are_those_of_the_mask(build, monkeypatch):
+    """As on a GPU, where a kernel makes them of the scores."""
+    pipe, call = build()
+    outs, policy = [], SparseProcessor(min_tokens=0, block=16, neighbours=True)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(pooled, "fused", lambda x, on_gpu=on_gpu: on_gpu)
+        with apply(pipe, policy):
+            outs.append(tiny.run(pipe, **call))
+    assert torch.equal(*outs)
 
 
 def test_densities_follow_the_run():

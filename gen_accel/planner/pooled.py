@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.blocks import Blocks
+from gen_accel.kernels.fused import fused
 from gen_accel.kernels.tail import BlockScores, block_scores
 from gen_accel.layout import ForwardContext, TokenGrid, TokenLayout
 from gen_accel.order.curve import CurveOrder
@@ -17,7 +18,7 @@ from gen_accel.order.raster import RasterOrder
 from gen_accel.plan import default_block_size
 from gen_accel.planner.base import Planned
 from gen_accel.select.neighbours import block_neighbours, frame_blocks
-from gen_accel.select.pooled import PooledSetting, choose_blocks
+from gen_accel.select.pooled import PooledSetting, choose_blocks, choose_lists
 
 if TYPE_CHECKING:
     from gen_accel.hoist import Hoist
@@ -107,8 +108,13 @@ class PooledPlanner:
             forced = _forced(
                 self.order, grid, block, setting.neighbours, setting.first_frame, q.device
             )[:number, :number]
-        chosen = choose_blocks(video, setting, setting.density_at(progress), forced)
+        density = setting.density_at(progress)
         rows, columns = -(-q.shape[1] // block), -(-k.shape[1] // block)
+        left = scores if setting.parts == 1 else None
+        if setting.by_rank and fused(q):
+            lists = choose_lists(video, setting, density, forced, rows, columns)
+            return Blocks(*lists, q.shape[1], k.shape[1], block, block), left
+        chosen = choose_blocks(video, setting, density, forced)
         full = torch.ones(*chosen.shape[:2], rows, columns, dtype=torch.bool, device=q.device)
         full[:, :, :number, :number] = chosen
         blocks = Blocks.from_mask(
@@ -119,7 +125,7 @@ class PooledPlanner:
             # On a GPU the longest list is not asked for: the answer would have to be waited for.
             width=None if q.device.type == "cpu" else columns,
         )
-        return blocks, scores if setting.parts == 1 else None
+        return blocks, left
 
     def watches(self, layer: int) -> bool:
         """Nothing to watch."""

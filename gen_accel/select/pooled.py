@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.kernels.route import route
 from gen_accel.kernels.tail import BlockScores
 from gen_accel.tail import check_parts
 
@@ -64,6 +66,11 @@ class PooledSetting:
         if self.budget == "layer" and (self.top_p or self.beta is not None):
             raise ValueError("budget='layer' chooses by rank: leave top_p=0 and beta=None")
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether every row chooses as many blocks, those with the most mass."""
+        return self.budget == "row" and not self.top_p and self.beta is None
+
     def _densities(self) -> list[tuple[float, float]]:
         if isinstance(self.density, (int, float)):
             return [(0.0, float(self.density))]
@@ -109,6 +116,39 @@ def choose_blocks(
     else:
         chosen = _first(ranked, scores, keep, setting.top_p)
     return chosen if forced is None else chosen | forced
+
+
+def choose_lists(
+    scores: BlockScores,
+    setting: PooledSetting,
+    density: float,
+    forced: Tensor | None,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    """`choose_blocks` for settings that choose by rank alone (`PooledSetting.by_rank`), as lists.
+
+    Nothing is sorted and no mask is made where `route` is a kernel. Of equal masses the first block
+    is chosen.
+
+    Args:
+        scores: As above.
+        setting: The rule.
+        density: Share of the N blocks to choose.
+        forced: As above.
+        rows: Query blocks of the sequence; those behind the video's see everything.
+        columns: Key blocks; those behind the video's are seen by everything.
+
+    Returns:
+        Counts and lists of a `gen_accel.kernels.blocks.Blocks`.
+    """
+    mass, number = scores.video.float(), scores.video.shape[-1]
+    if forced is not None and setting.inside:
+        mass = mass.masked_fill(forced, 2.0)  # ahead of every mass
+    mass = F.pad(mass, (0, columns - number, 0, rows - number), value=-torch.inf)
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=mass.device)
+    seen[:number, :number] = False if forced is None else forced
+    return route(mass, keep=max(1, round(density * number)), forced=seen)
 
 
 def _first(ranked: Tensor, scores: BlockScores, keep: int, top_p: float) -> Tensor:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from gen_accel.kernels.blocks import Blocks
 from gen_accel.kernels.tail import BlockScores
-from gen_accel.select.pooled import PooledSetting, choose_blocks
+from gen_accel.select.pooled import PooledSetting, choose_blocks, choose_lists
 
 
 def scores(rows=6, number=10, heads=2, text=0.1, seed=0):
@@ -69,6 +70,21 @@ def test_a_threshold_needs_no_ranks():
     log = given.video.log()
     bar = log.mean(-1, keepdim=True) + log.std(-1, correction=0, keepdim=True)
     assert torch.equal(few, (log > bar) | (log == log.amax(-1, keepdim=True)))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
+def test_lists_are_those_of_the_mask(density, inside):
+    setting = PooledSetting(density=density, inside=inside)
+    scores = BlockScores(torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9))
+    for forced in (None, torch.eye(9, dtype=torch.bool)):
+        full = torch.ones(2, 3, 11, 10, dtype=torch.bool)
+        full[:, :, :9, :9] = choose_blocks(scores, setting, density, forced)
+        lists = choose_lists(scores, setting, density, forced, 11, 10)
+        blocks = Blocks(*lists, 11 * 16, 10 * 16, 16, 16)
+        assert torch.equal(blocks.mask(), full)
+    assert setting.by_rank and not PooledSetting(top_p=0.1).by_rank
+    assert not PooledSetting(budget="layer").by_rank and not PooledSetting(beta=1.0).by_rank
 
 
 def test_densities_change_in_the_run():
