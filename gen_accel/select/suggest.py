@@ -101,6 +101,8 @@ def suggest(
             f"density={density}: a share of the keys lies in (0, 1]; 0.25 is a quarter"
         )
     shape = _tile(grid, tile, border)
+    if math.prod(grid) == 1:
+        return (Window.from_axes([AxisWindow(1)] * len(grid)),)
     menus = [
         axis_menu(length, t, snap=t if border == "snap" else 1) for length, t in zip(grid, shape)
     ]

@@ -170,3 +170,8 @@ def test_presets_by_model():
     assert {p.grid for p in presets("wan 480")} == {(21, 30, 52)}
     with pytest.raises(ValueError, match="presets exist for cosmos, flux, hunyuan_video, wan"):
         presets("mochi")
+
+
+def test_one_token_has_one_window():
+    (window,) = suggest((1, 1, 1), 0.25)
+    assert window.density == 1
