@@ -74,7 +74,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "suite": {"default": "hopper", "help": "hopper, or smoke: tiny, on the CPU"},
     "limit": {"type": float, "default": 420, "help": "seconds for all pieces"},
     "piece_limit": {"type": float, "default": 40, "help": "seconds for one piece"},
-    "again": {"action": "store_true", "help": "also what the file already holds"},
+    "again": {"action": "store_true",
+              "help": "also what the file already holds; given again, it goes on where it stopped"},
     # What is written besides.
     "table": {"metavar": "FILE", "help": "write the results as this Markdown page"},
     "plot": {"metavar": "FILE", "help": "write them as this SVG"},
