@@ -28,8 +28,7 @@ class Config(NamedTuple):
         stages: Tiles of keys and values in flight.
         tma: Read keys and values through tensor descriptors.
         together: Wait for a tile's keys and values at once. No barrier stands between its two
-            products then, so one warp group's softmax may overlap with another's products. Where
-            products read registers (``mma``) it takes too many of them.
+            products then, so one warp group's softmax may overlap with another's products.
         programs: Programs that are to fit on a multiprocessor; more than 1 limits registers.
     """
 
