@@ -145,6 +145,7 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
     family = max((f for f in (80, 90, 100, 120) if f <= key.capability), default=80)
     table, most = (_QUANTISED, _KEYS) if key.precision else (_LADDERS, key.block[1])
     ladders = table[family, max(64, key.head_dim)]
+    together = family == 90 and key.head_dim <= 128  # plain lists spill at 256
     kind = key.masked + 2 * key.tail
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:
@@ -153,7 +154,7 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
                 if key.precision and not key.tail:
                     keys = most
                 keys = min(keys, most, key.block[1])
-                fixed = (height, keys, warps, stages, family >= 90, family == 90)
+                fixed = (height, keys, warps, stages, family >= 90, together)
                 found.append(Config(*fixed, *programs))
     found += [config._replace(stages=config.stages + 1) for config in found]
     found = [c for c in found if _fits(c, key)]
