@@ -34,6 +34,7 @@ _LOSSY = ("sage",)  # computes in 8 bits, so it is no baseline of the same preci
 _PARTS = ("order", "plan", "tail", "kernel", "dense", "calibrate")
 _FEWEST = 3
 _LATENTS = "hidden_states"
+_LEAST = 1e-5  # of what differs in nothing but the rounding of fp32
 _ROUNDING = 3  # times what rounding moves the stock result, a dense one may differ from it
 
 
@@ -263,7 +264,8 @@ class Steps:
         moved = given.float() * (1 + torch.finfo(self.run.dtype).eps * noise)
         self.run.inputs[_LATENTS] = moved.to(given.dtype)
         try:
-            return _ROUNDING * self._distance(self._forward(stock, self.last_dense))
+            moves = self._distance(self._forward(stock, self.last_dense))
+            return max(_ROUNDING * moves, _LEAST)
         finally:
             self.run.inputs[_LATENTS] = given
 
