@@ -15,6 +15,7 @@ from gen_accel.pipelines.refam.reading import Reading
 DIRECTIONS = ("text", "joint", "rows")
 AGGREGATIONS = ("mean", "head", "product")
 _CLIP = 0.995
+_SAMPLE = 2**20  # pixels that a threshold is taken of
 
 
 def word_shares(
@@ -138,8 +139,13 @@ def find_point(heatmap: Tensor, *, robust: bool = True) -> tuple[int, int, int]:
 
 
 def otsu_mask(heatmap: Tensor, point: tuple[int, int, int]) -> Tensor:
-    """Otsu's upper class of the clip, cut to the component that holds the point."""
-    threshold, _ = otsu(heatmap.flatten())
+    """Otsu's upper class of the clip, cut to the component that holds the point.
+
+    The threshold of more than two million pixels is that of an even sample of about a million.
+    """
+    # Sorting 81 frames of 480x832 takes seconds. An odd stride meets every place within a token.
+    stride = 1 + 2 * (heatmap.numel() // _SAMPLE // 2)
+    threshold, _ = otsu(heatmap.flatten()[::stride])
     above = heatmap > threshold
     seed = torch.zeros_like(above)
     seed[point] = True

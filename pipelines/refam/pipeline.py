@@ -276,8 +276,9 @@ class RefAMPipeline(DiffusionPipeline):
         heatmap = to_pixels(_stretch(joined), grid, at, size, spread).cpu()
         pixels = to_pixels(maps, grid, at, size, spread).cpu()
         point = find_point(heatmap, robust=robust_point)
-        mask = otsu_mask(heatmap, point)
-        if sam is not None:
+        if sam is None:
+            mask = otsu_mask(heatmap, point)
+        else:
             mask = _segment(sam, frames, heatmap, point, per_frame, robust_point)
         each = torch.stack([_stretch(aggregate(normalise(a.maps), head, aggregation))
                             for a in answers])  # fmt: skip

@@ -87,6 +87,18 @@ def test_components_that_hold_a_seed_stay_whole():
     assert torch.equal(touching(mask, seeds), wanted)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 2**31 - 1))
+def test_components_are_those_that_grow_pixel_by_pixel(frames, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, frames, 9, 7, generator=generator) < density
+    seeds = torch.rand(mask.shape, generator=generator) < 0.02
+    wanted = mask & seeds
+    for _ in range(wanted[0].numel()):
+        wanted = dilate(wanted, frames=True) & mask
+    assert torch.equal(touching(mask, seeds), wanted)
+
+
 def test_dilate_stays_in_its_frame():
     mask = torch.zeros(1, 3, 5, 5, dtype=torch.bool)
     mask[0, 1, 2, 2] = True

@@ -247,12 +247,13 @@ class Fake:
         return out
 
 
-def test_a_segmenter_is_asked_once_and_carried(toy, scene):
+def test_a_segmenter_is_asked_once_and_carried(toy, scene, monkeypatch):
     refam = RefAMPipeline.from_pipe(toy)
     colour = scene.scene.things[0].colour
     plain = refam(video=scene.video, expression=f"the {colour} object")
     fake = Fake(scene.objects)
     fake.frame = plain.point[0]
+    monkeypatch.delattr(module, "otsu_mask")  # nobody needs the other mask
     out = refam(video=scene.video, expression=f"the {colour} object", sam=fake)
     assert fake.asked == [[plain.point[1:]]]
     # The whole object, although a part has the higher quality.

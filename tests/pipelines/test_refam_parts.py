@@ -6,6 +6,7 @@ import torch
 from gen_accel.cli.bench.ground_checks import plant
 from gen_accel.eval.grounding import average_precision
 from gen_accel.layout import TokenGrid, TokenLayout
+from gen_accel.pipelines.masks import otsu, touching
 from gen_accel.pipelines.probe import Call
 from gen_accel.pipelines.refam.expression import default_magnets, make_prompt, word_lists
 from gen_accel.pipelines.refam.heatmap import (
@@ -155,6 +156,27 @@ def test_masks_hold_the_point_and_hang_together():
     video[:, 0, 4:9, 4:9] = 1.0
     filled = flood_fill(video, (1, 5, 5))
     assert int(filled.sum()) == 50 and filled[:, 4:9, 4:9].all()
+
+
+def test_masks_are_otsus_upper_class_on_small_clips():
+    heat = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)) ** 3
+    threshold, _ = otsu(heat.flatten())
+    seed = torch.zeros(heat.shape, dtype=torch.bool)
+    seed[1, 4, 5] = True
+    wanted = touching(((heat > threshold) | seed)[None], seed[None])[0]
+    assert torch.equal(otsu_mask(heat, (1, 4, 5)), wanted) and wanted.sum() > 9
+
+
+def test_a_real_video_gets_its_mask():
+    """81 frames of 480x832: more than torch.quantile takes, wide to grow a pixel at a time."""
+    tokens = 0.1 * torch.rand(21, 30, 52, generator=torch.Generator().manual_seed(0))
+    tokens[:, 10:20, 15:30] += 0.8
+    tokens[5:, 2:5, 40:50] += 0.8
+    frames = [-(-frame // 4) for frame in range(81)]
+    heat = to_pixels(tokens.flatten(), TokenGrid(21, 30, 52), frames, (480, 832), 0.0)
+    mask = otsu_mask(heat, (9, 240, 360))
+    assert mask[:, 170:310, 250:470].all()
+    assert not mask[:, :140].any() and not mask[:, :, 500:].any()
 
 
 def test_tokens_come_back_as_pixels_and_frames():
