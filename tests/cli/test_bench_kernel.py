@@ -394,6 +394,9 @@ def test_tune_writes_the_fastest(tmp_path, monkeypatch, capsys):
     assert [found[0], found[1]] == [other, entries[3]]
     assert len(found) == 5 and all(e["time"] > old for e in found[2:])
     assert not (tmp_path / "tuned.json.again").exists()
+    out.write_text(configs.dump([{**found[1], "wrong": {"64 64": "error 1"}}, *found[2:]]))
+    assert main(command) == 1
+    assert "64 64 WRONG: error 1" in capsys.readouterr().out
     capsys.readouterr()
     out.unlink()
     assert main([*command, "--limit=0"]) == 0

@@ -65,20 +65,24 @@ def run(args: argparse.Namespace) -> int:
         wanted = configs.entry(key, band, configs.candidates(key)[0])
         known = [e for e in entries if all(e[n] == wanted[n] for n in ("key", "density"))]
         if any(again.counts(entry) for entry in known):
+            for entry in known:
+                for name, why in entry.get("wrong", {}).items():
+                    print(f"{_title(key, band)}: {name} WRONG: {why}")
+                    good = False
             continue
         left = ends - time.monotonic()
         if left <= 0:
             late += 1
             continue
         make = partial(_TunePiece, suite, key, band, args.seed)
-        title = f"{', '.join(map(str, key))}, up to {band:g}"
-        piece = attempt(make, min(args.piece_limit, left), title)
+        piece = attempt(make, min(args.piece_limit, left), _title(key, band))
         good &= piece is not None and not piece.wrong
         timings = {} if piece is None else piece.timings
         if piece is not None and timings:
             milliseconds, name = min((1e3 * t.median, name) for name, t in timings.items())
             about["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            found = configs.entry(key, band, piece.configs[name], ms=milliseconds, **about)
+            wrong = {"wrong": piece.wrong} if piece.wrong else {}  # told again by the next run
+            found = configs.entry(key, band, piece.configs[name], ms=milliseconds, **about, **wrong)
             entries = [entry for entry in entries if entry not in known] + [found]
             write_text(out, configs.dump(entries))
         del piece, timings
@@ -90,6 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if late:
         print(f"not measured, time was up: {late}; run the command again")
     return 0 if good else 1
+
+
+def _title(key: Key, band: float) -> str:
+    return f"{', '.join(map(str, key))}, up to {band:g}"
 
 
 def _keys(args: argparse.Namespace, suite: Suite) -> list[Key]:
