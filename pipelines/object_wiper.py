@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
@@ -23,6 +22,7 @@ from torch import Tensor
 from gen_accel.layout import TokenGrid
 from gen_accel.pipelines.effects import Effects, find_effects
 from gen_accel.pipelines.flow import Text, VideoFlow, as_batch, video_family
+from gen_accel.pipelines.frames import to_clips, to_masks
 from gen_accel.pipelines.masks import pack_mask, unpack_mask
 from gen_accel.pipelines.remover import Remover
 from gen_accel.pipelines.wipe_setting import WipeSetting
@@ -177,10 +177,11 @@ class ObjectWiperPipeline(DiffusionPipeline):
         """Remove.
 
         Args:
-            video: ``[frames, 3, height, width]`` or a batch of those, uint8 or float in [0, 1],
-                tensor or array; or a list of images.
+            video: ``[frames, height, width, 3]``, ``[frames, 3, height, width]`` or a batch of
+                those, uint8 or float in [0, 1], array or tensor; or lists of images. Where the axes
+                leave a doubt, channels are last in an array and first in a tensor.
             mask: The object: bool, or 0 and other, ``[frames, height, width]``, one frame for all,
-                or a batch of those.
+                or a batch of those; or an image, or lists of images.
             prompt: Names the object, its effects and the scene.
             target_prompt: Names the scene alone. If it implies the object, the object comes back.
             query: Words of ``prompt`` that name the object and its effects; with a batch, a list
@@ -267,35 +268,9 @@ def _with(setting: WipeSetting, options: dict[str, Any]) -> WipeSetting:
 
 def _inputs(video: Any, mask: Any) -> tuple[Tensor, Tensor]:
     """Clips ``[batch, frames, 3, height, width]`` in [0, 1], masks without the 3."""
-    if isinstance(video, list) and video and not isinstance(video[0], Tensor | np.ndarray):
-        video = np.stack([np.asarray(image.convert("RGB")) for image in video]).transpose(
-            0, 3, 1, 2
-        )
-    if isinstance(video, list):
-        pixels = torch.stack([torch.as_tensor(frame) for frame in video])
-    else:
-        pixels = torch.as_tensor(video)
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-    pixels = pixels[None] if pixels.ndim == 4 else pixels
-    if pixels.ndim != 5 or pixels.shape[2] != 3:
-        raise ValueError(
-            f"video of shape {tuple(pixels.shape)}: expected [frames, 3, height, width] or a batch"
-        )
-    if not (float(pixels.min()) >= -1e-3 and float(pixels.max()) <= 1 + 1e-3):
-        raise ValueError("video: floats must lie in [0, 1]; divide by 255 or pass uint8")
-    covered = torch.as_tensor(mask) != 0
-    if covered.ndim == 2:
-        covered = covered[None]
-    if covered.ndim == 3:
-        covered = covered[None].expand(len(pixels), -1, -1, -1)
-    batch, frames, _, height, width = pixels.shape
-    if covered.ndim == 4 and covered.shape[1] == 1:
-        covered = covered.expand(-1, frames, -1, -1)
-    if covered.shape != (batch, frames, height, width):
-        raise ValueError(
-            f"mask of shape {tuple(covered.shape)} for a video of {frames} frames of "
-            f"{height}x{width}: give one mask for all frames, or one of the same size for each"
-        )
+    pixels = to_clips(video)
+    batch, frames, _, *size = pixels.shape
+    covered = to_masks(mask, batch, frames, (size[0], size[1]))
     for clip, inside in enumerate(covered):
         if not inside.any() or inside.all():
             what = "covers everything" if inside.all() else "is empty"

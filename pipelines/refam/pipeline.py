@@ -20,10 +20,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from gen_accel.pipelines.frames import to_frames
 from gen_accel.pipelines.probe import block_names
 from gen_accel.pipelines.refam.backbone import Backbone
 from gen_accel.pipelines.refam.expression import Prompt, Word, default_magnets, make_prompt
-from gen_accel.pipelines.refam.frames import to_frames
 from gen_accel.pipelines.refam.heatmap import (
     DIRECTIONS,
     aggregate,
@@ -188,11 +188,12 @@ class RefAMPipeline(DiffusionPipeline):
         """Answer one expression.
 
         Args:
-            image: A picture: PIL image or array ``[height, width(, 3)]``, uint8 or in [0, 1].
+            image: A picture: PIL image, array ``[height, width(, 3)]`` or tensor
+                ``[3, height, width]``, uint8 or in [0, 1].
             expression: What to look for.
             video: A clip instead: pictures, an array ``[frames, height, width(, 3)]``, or a tensor
-                ``[frames, 3, height, width]``. Sizes are resized, and frames repeated at the end,
-                to what the model takes.
+                ``[frames, 3, height, width]``, see `gen_accel.pipelines.frames.to_frames`. Sizes
+                are resized, and frames repeated at the end, to what the model takes.
             caption: What is in the picture, read in front of the expression; a function of the
                 frames ``[frames, 3, height, width]`` may make it.
             magnets: Words appended to soak up attention: ``"default"`` (stop words and a colour

@@ -10,7 +10,7 @@ from gen_accel import ParoProcessor, SparseProcessor, apply
 from gen_accel.layout import TokenGrid, TokenLayout
 from gen_accel.pipelines.effects import EffectSetting, WordMaps, find_effects, outside, response
 from gen_accel.pipelines.flow import VideoFlow
-from gen_accel.pipelines.object_wiper import ObjectWiperPipeline, _inputs
+from gen_accel.pipelines.object_wiper import ObjectWiperPipeline
 from gen_accel.pipelines.probe import Call as Seen
 from gen_accel.pipelines.remover import Remover
 from gen_accel.pipelines.surgery import Scaling, Surgery
@@ -345,6 +345,18 @@ def test_custom_pipeline_shim(tmp_path):
     torch.testing.assert_close(out.frames, wipe((pipe, template)).frames, atol=1e-4, rtol=0)
 
 
+def test_what_the_stock_pipeline_returns_can_be_wiped(made):
+    """README's sequence: frames of the pipeline, as arrays, with the channels last."""
+    video, mask = clip()
+    (wiper := ObjectWiperPipeline.from_pipe(made[0])).set_progress_bar_config(disable=True)
+    arrays = video[0].movedim(1, -1).numpy()
+    out = wiper(
+        arrays, mask[0].numpy(), PROMPT, "nothing here", ("red", "ball"), steps=2, solver="euler",
+        generator=_seeded(0), **made[1],
+    )  # fmt: skip
+    assert torch.equal(out.frames, wipe(made).frames)
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 REFUSED = [
@@ -355,7 +367,7 @@ REFUSED = [
     ({"query": ()}, "query is empty"),
     ({"video": torch.rand(6, 3, 32, 48)}, "cut to 5"),
     ({"video": torch.rand(5, 3, 40, 48)}, "sides must divide by 16"),
-    ({"video": torch.rand(5, 1, 32, 48)}, r"\[frames, 3"),
+    ({"video": torch.rand(5, 2, 32, 48)}, r"\[frames, 3"),
     ({"video": 255 * torch.rand(5, 3, 32, 48)}, "divide by 255"),
     ({"preserve": "all"}, "choose one of none, attn_v"),
     ({"solver": "heun"}, "choose one of euler, midpoint"),
@@ -393,13 +405,6 @@ def test_text_is_as_long_as_the_pipelines_call_makes_it():
     wanted = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
     assert VideoFlow(pipe).text(["a"])["encoder_hidden_states"].shape[1] == wanted
     assert VideoFlow(pipe, max_sequence_length=9).text(["a"])["encoder_hidden_states"].shape[1] == 9
-
-
-def test_frames_may_be_a_list_of_arrays():
-    frames = torch.rand(5, 3, 8, 8)
-    mask = torch.eye(8, dtype=torch.bool)
-    for given in (list(frames), list(frames.numpy())):
-        assert torch.equal(_inputs(given, mask)[0], frames[None])
 
 
 def test_other_pipelines_are_refused():
