@@ -146,11 +146,18 @@ def forecast(
     )
 
 
+def _plain(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``bench kernel`` is of 16-bit attention alone: not quantised or ordered."""
+    config = row["config"]
+    other = {"precision", "places"} & config.keys() or row["name"].startswith("sageattention")
+    return "tflop" in config and not other
+
+
 def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Rates:
     """Rates from result rows: of ``bench e2e`` (kind ``"rate"``) or of ``bench kernel``.
 
     Args:
-        rows: Result rows; of those alike the last counts.
+        rows: Result rows; of those alike the last counts, and only the device measured last.
         case: Of ``bench kernel``: the case whose calls are meant; None takes the fastest.
 
     Raises:
@@ -160,8 +167,11 @@ def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Ra
     sparse: dict[float, float] = {}
     windows: dict[float, float] = {}
     number, source = 2, ""
+    rows = list(rows)
     for row in rows:
         config = row["config"]
+        if row["device"] != rows[-1]["device"]:
+            continue
         if row["kind"] == "rate":
             lists = {"sparse": sparse, "windows": windows}.get(row["name"].split()[0])
             if lists is not None:
@@ -170,7 +180,7 @@ def read_rates(rows: Iterable[Mapping[str, Any]], case: str | None = None) -> Ra
                 found[row["name"]] = row["value"]
             number = {"fp32": 4}.get(config["dtype"], 2)
             source = f"measured on {row['device']}"
-        elif row["kind"] == "kernel" and case in (None, config["case"]) and "tflop" in config:
+        elif row["kind"] == "kernel" and case in (None, config["case"]) and _plain(row):
             rate = 1e15 * config["tflop"] / row["value"]
             if config["lists"] == "dense":
                 found["attention"] = max(rate, found.get("attention", 0.0))

@@ -126,3 +126,19 @@ def test_rates_come_from_rows():
     sparse = {"case": "W", "lists": "realistic", "tflop": 20.0, "density": 0.2, "tail": "drop"}
     rates = read_rates([{**kernel, "config": config}, {**kernel, "value": 50.0, "config": sparse}])
     assert rates.attention == 500e12 and rates.sparse_at(0.2) == 400e12
+
+
+def test_rates_are_of_one_device_and_of_attention_alone():
+    dense = {"case": "W", "lists": "dense", "tflop": 100.0}
+    lists = {"case": "W", "lists": "realistic", "tflop": 20.0, "density": 0.2, "tail": "drop"}
+    kernel = {"kind": "kernel", "name": "triton", "device": "cuda: x"}
+    rows = [
+        {**kernel, "value": 1.0, "config": dense, "device": "cuda: faster"},
+        {**kernel, "value": 200.0, "config": dense},
+        {**kernel, "value": 50.0, "config": lists},
+        {**kernel, "value": 20.0, "config": {**lists, "precision": "int8"}},
+        {**kernel, "value": 70.0, "config": {**lists, "places": True}},
+        {**kernel, "value": 90.0, "config": dense, "name": "sageattention"},
+    ]
+    rates = read_rates(rows)
+    assert rates.attention == 500e12 and rates.sparse_at(0.2) == 400e12
