@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gen_accel.pipelines.checks import check_flag, check_layers, check_number
 from gen_accel.pipelines.flow import Text, VideoFlow
 from gen_accel.pipelines.masks import dilate, otsu, touching
 from gen_accel.pipelines.probe import Call, probe
@@ -61,8 +62,15 @@ class EffectSetting:
         if self.region not in REGIONS:
             raise ValueError(f"region={self.region!r}: choose one of {', '.join(REGIONS)}")
         for name in ("sigma", "response_sigma"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a noise level in [0, 1)")
+            check_number(name, getattr(self, name), low=0, below=1)
+        for name in ("word_layers", "response_layers"):
+            check_layers(name, getattr(self, name))
+        check_number("clip", self.clip, low=0, high=1)
+        for name in ("word_contrast", "contrast"):
+            check_number(name, getattr(self, name), low=0)
+        check_flag("attached", self.attached)
+        check_number("grow", self.grow, low=0, whole=True)
+        check_number("max_area", self.max_area, low=0, optional=True)
 
 
 @dataclass

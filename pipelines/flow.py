@@ -44,19 +44,29 @@ class VideoFlow:
     ) -> None:
         self.pipe = pipe
         self.family = video_family(pipe.transformer)
-        config = pipe.scheduler.config
         if getattr(pipe, "transformer_2", None) is not None or pipe.config.get("expand_timesteps"):
             raise ValueError("Wan 2.2 (two experts, or a timestep per token): use Wan 2.1 here")
-        if config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "a scheduler with use_dynamic_shifting: set use_dynamic_shifting=False, shift=..."
-            )
-        self.shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        check_uncached(pipe.transformer)
         self.options: dict[str, Any] = {}
         if max_sequence_length is not None:
             self.options["max_sequence_length"] = max_sequence_length
         if prompt_template is not None:
             self.options["prompt_template"] = prompt_template
+
+    @property
+    def shift(self) -> float:
+        """The scheduler's shift of the noise levels.
+
+        Raises:
+            ValueError: It has none of its own.
+        """
+        config = self.pipe.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"{type(self.pipe.scheduler).__name__} with use_dynamic_shifting has no shift of "
+                "its own: pass shift=..., or give the pipeline a scheduler without"
+            )
+        return float(config.get("shift") or config.get("flow_shift") or 1.0)
 
     @property
     def temporal(self) -> int:
@@ -182,9 +192,7 @@ class VideoFlow:
             levels: Where each step begins. They rise in an inversion, and by them a plan finds
                 its step group.
         """
-        scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(len(levels), device=self.device)
-        scheduler.sigmas = torch.tensor(levels)
+        announce(self.pipe, levels)
 
     def _scales(self, latents: Tensor) -> tuple[Any, Any]:
         """The VAE's mean and one over its deviation."""
@@ -196,6 +204,28 @@ class VideoFlow:
             for x in (config.latents_mean, config.latents_std)
         )
         return mean, 1 / deviation
+
+
+def announce(pipe: Any, levels: Sequence[float]) -> None:
+    """`VideoFlow.announce` for any pipeline of a rectified flow."""
+    scheduler = pipe.scheduler
+    # A scheduler that shifts by the picture's size asks for mu; the levels are ours all the same.
+    mu = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(len(levels), device=pipe._execution_device, **mu)
+    scheduler.sigmas = torch.tensor(levels)
+
+
+def check_uncached(transformer: Any) -> None:
+    """Refuse diffusers' caches, which count the steps of a run that is not ours.
+
+    Raises:
+        ValueError: One is enabled.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(transformer).__name__} has a cache of diffusers enabled, which skips blocks "
+            "that have to run here; call transformer.disable_cache() first"
+        )
 
 
 def video_family(transformer: Any) -> Family:

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from gen_accel.layout import TokenGrid
+from gen_accel.pipelines.checks import check_number
 from gen_accel.pipelines.effects import Effects, find_effects
 from gen_accel.pipelines.flow import Text, VideoFlow, as_batch, video_family
 from gen_accel.pipelines.frames import to_clips, to_masks
@@ -28,7 +29,7 @@ from gen_accel.pipelines.remover import Remover
 from gen_accel.pipelines.wipe_setting import WipeSetting
 from gen_accel.pipelines.words import find_word, text_spans, word_tokens
 
-Query = str | Sequence[str]
+Words = str | Sequence[str]
 
 
 @dataclass
@@ -117,20 +118,23 @@ class ObjectWiperPipeline(DiffusionPipeline):
         second = {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
         self.register_modules(**parts, **second, transformer_2=transformer_2)
         self.register_to_config(boundary_ratio=boundary_ratio, expand_timesteps=expand_timesteps)
-        # The stock pipeline knows how to encode prompts; it shares all parts.
-        if video_family(transformer).name == "hunyuan_video":
+        video_family(transformer)  # refuses what is neither
+
+    def _stock(self) -> Any:
+        """The stock pipeline, which knows how to encode prompts, of the parts of this moment."""
+        names = ["transformer", "vae", "scheduler", "text_encoder", "tokenizer"]
+        if video_family(self.transformer).name == "hunyuan_video":
             from diffusers import HunyuanVideoPipeline
 
-            self._stock: Any = HunyuanVideoPipeline(**parts, **second)
-        else:
-            from diffusers import WanPipeline
+            names += ["text_encoder_2", "tokenizer_2"]
+            return HunyuanVideoPipeline(**{name: getattr(self, name) for name in names})
+        from diffusers import WanPipeline
 
-            self._stock = WanPipeline(
-                **parts,
-                transformer_2=transformer_2,
-                boundary_ratio=boundary_ratio,
-                expand_timesteps=expand_timesteps,
-            )
+        return WanPipeline(
+            **{name: getattr(self, name) for name in (*names, "transformer_2")},
+            boundary_ratio=self.config.boundary_ratio,
+            expand_timesteps=self.config.expand_timesteps,
+        )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> ObjectWiperPipeline:
@@ -163,7 +167,7 @@ class ObjectWiperPipeline(DiffusionPipeline):
         mask: Any,
         prompt: str | list[str],
         target_prompt: str | list[str],
-        query: Query | list[Query],
+        query: Words | Sequence[Words],
         *,
         negative_prompt: str | list[str] = "",
         setting: WipeSetting | None = None,
@@ -184,8 +188,8 @@ class ObjectWiperPipeline(DiffusionPipeline):
                 or a batch of those; or an image, or lists of images.
             prompt: Names the object, its effects and the scene.
             target_prompt: Names the scene alone. If it implies the object, the object comes back.
-            query: Words of ``prompt`` that name the object and its effects; with a batch, a list
-                of one such tuple per clip or one for all.
+            query: Words of ``prompt`` that name the object and its effects, for all clips; or for
+                each clip of a batch such a list, ``[("ball", "shadow"), ("cat",)]``.
             negative_prompt: For ``true_cfg_scale`` above 1.
             setting: All the knobs; None: the defaults.
             generator: Of the noise; a list has one for each clip.
@@ -197,19 +201,26 @@ class ObjectWiperPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: Frames, sizes or masks do not fit each other or the model, a mask is empty
-                or covers everything, a query word is not in the prompt, an unknown option, or not
-                enough memory for what the inversion keeps.
+                or covers everything, a query word is not in the prompt, an unknown option or a
+                value out of its range, or not enough memory for what the inversion keeps; all
+                of it before the transformer runs.
+            TypeError: A setting of another type.
         """
         setting = _with(setting or WipeSetting(), options)
         if output_type not in ("pt", "np", "pil"):
             raise ValueError(f"output_type={output_type!r}: choose pt, np or pil")
+        check_number("max_sequence_length", max_sequence_length, low=1, whole=True, optional=True)
         pixels, covered = _inputs(video, mask)
         batch = len(pixels)
+        generators = generator
+        if isinstance(generator, list):
+            generators = as_batch(generator, batch, "generator")
+        stock = self._stock()
         flow = VideoFlow(
-            self._stock, max_sequence_length=max_sequence_length, prompt_template=prompt_template
+            stock, max_sequence_length=max_sequence_length, prompt_template=prompt_template
         )
         prompts = as_batch(prompt, batch, "prompt")
-        queries = _queries(self._stock, prompts, as_batch(query, batch, "query"), flow.options)
+        queries = _queries(stock, prompts, _words(query, batch), flow.options)
         targets = as_batch(target_prompt, batch, "target_prompt")
         seconds: dict[str, float] = {}
 
@@ -217,10 +228,11 @@ class ObjectWiperPipeline(DiffusionPipeline):
         text = flow.text(prompts)
         grid = flow.layout(latents, text).grid
         object_ = _tokens(covered, grid, flow)
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device)
+        noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
         forwards = setting.steps * setting.evaluations
         with self.progress_bar(total=2 * forwards) as bar:
             remover = Remover(flow, setting, bar.update)
+            remover.check(latents, text)
             effects = None
             if setting.find_effects:
                 with _clock(seconds, "effects"):
@@ -255,10 +267,13 @@ class ObjectWiperPipeline(DiffusionPipeline):
             arrays = frames.movedim(2, -1).cpu().numpy()
             frames = arrays if output_type == "np" else [self.numpy_to_pil(clip) for clip in arrays]
         out = WipeOutput(frames, effect_mask & ~covered, foreground | covered, effects, diagnostics)
-        return out if return_dict else out.to_tuple()
+        # Not to_tuple(), which leaves out what is None: every item keeps its place.
+        return out if return_dict else tuple(getattr(out, f.name) for f in fields(out))
 
 
 def _with(setting: WipeSetting, options: dict[str, Any]) -> WipeSetting:
+    if not isinstance(setting, WipeSetting):
+        raise TypeError(f"setting={setting!r}: give a WipeSetting, or its fields as arguments")
     known = {f.name for f in fields(setting)}
     for name in options:
         if name not in known:
@@ -278,13 +293,22 @@ def _inputs(video: Any, mask: Any) -> tuple[Tensor, Tensor]:
     return pixels, covered.to(pixels.device)
 
 
+def _words(query: Words | Sequence[Words], batch: int) -> list[tuple[str, ...]]:
+    """The query words of each clip: words alone are for all, lists of words one for each."""
+    if isinstance(query, str):
+        return [(query,)] * batch
+    if all(isinstance(word, str) for word in query):
+        return [tuple(str(word) for word in query)] * batch
+    each = as_batch(list(query), batch, "query")
+    return [(words,) if isinstance(words, str) else tuple(words) for words in each]
+
+
 def _queries(
-    pipe: Any, prompts: list[str], queries: list[Query], options: dict[str, Any]
+    pipe: Any, prompts: list[str], queries: list[tuple[str, ...]], options: dict[str, Any]
 ) -> list[list[tuple[int, ...]]]:
     """For each clip, the text tokens of each query word."""
     found = []
-    for prompt, query in zip(prompts, queries):
-        words = (query,) if isinstance(query, str) else tuple(query)
+    for prompt, words in zip(prompts, queries):
         if not words:
             raise ValueError("query is empty; name the object and its effects as the prompt does")
         spans = text_spans(pipe, prompt, **options)

@@ -74,6 +74,23 @@ class Remover:
         self.setting = setting
         self.tick = tick
 
+    def check(self, latents: Tensor, text: Text) -> None:
+        """Refuse what cannot be done before the transformer runs.
+
+        Args:
+            latents: As for `invert`.
+            text: As for `invert`.
+
+        Raises:
+            ValueError: What has to be kept does not fit into memory, the transformer has no such
+                layers, or its scheduler no shift.
+        """
+        effects = self.setting.effects
+        for layers in (effects.word_layers, effects.response_layers):
+            middle(self.flow.layers, layers)
+        self.flow.sigmas(self.setting.steps, self.setting.shift)
+        self._store(latents, text)
+
     def invert(self, latents: Tensor, text: Text, object_: Tensor) -> Inversion:
         """Follow the flow from a clip to noise and remember what is needed on the way back.
 
@@ -187,16 +204,18 @@ class Remover:
         layers = None
         if setting.value_layers is not None:
             layers = middle(self.flow.layers, setting.value_layers)
+        kept = self.flow.layers if layers is None else len(layers)
         needed = estimate(
             len(calls),
-            self.flow.layers if layers is None else len(layers),
+            kept,
             len(latents) * self.flow.layout(latents, text).grid.numel,
             config.num_attention_heads * config.attention_head_dim,
             self.flow.pipe.transformer.dtype.itemsize,
             keys,
         )
         device = torch.device("cpu") if setting.offload_cache else latents.device
-        check_fits(needed, device, setting.cache_limit)
+        steps = len(calls) // setting.evaluations
+        check_fits(needed, device, setting.cache_limit, steps=steps, layers=kept)
         return ValueStore(calls=calls, layers=layers, keys=keys, offload=setting.offload_cache)
 
     def _scaling(self, queries: Tensor, keys: Tensor, factor: float) -> Scaling | None:

@@ -88,25 +88,43 @@ def estimate(calls: int, layers: int, tokens: int, width: int, itemsize: int, ke
     return calls * layers * tokens * width * itemsize * (2 if keys else 1)
 
 
-def check_fits(needed: int, device: torch.device, limit: float | None = None) -> None:
+def check_fits(
+    needed: int, device: torch.device, limit: float | None = None, *, steps: int, layers: int
+) -> None:
     """Refuse before memory runs out instead of after.
 
     Args:
         needed: Bytes.
         device: Where they would be.
         limit: GiB allowed; None: four fifths of what is free.
+        steps: They are of so many steps.
+        layers: They are of so many layers.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: They do not fit; the message names what would.
     """
     free = _free(device)
     allowed = limit * _GIB if limit is not None else None if free is None else 0.8 * free
     if allowed is not None and needed > allowed:
+        ways = _ways(allowed / needed, steps, layers)
         raise ValueError(
             f"the inversion would keep {needed / _GIB:.1f} GiB on {device} and "
-            f"{allowed / _GIB:.1f} GiB are allowed; use fewer value_layers, "
-            "value_steps or steps, preserve='latent', or raise cache_limit"
+            f"{allowed / _GIB:.1f} GiB are allowed: {ways}preserve='latent' keeps none, or raise "
+            "cache_limit"
         )
+
+
+def _ways(share: float, steps: int, layers: int) -> str:
+    """Settings that take at most this share of the memory of all steps and layers."""
+    of_steps, of_layers = int(share * steps), int(share * layers)
+    ways = []
+    if of_steps:
+        ways.append(f"value_steps={of_steps} (of {steps}) fits")
+    if of_layers:
+        ways.append(f"value_layers of {of_layers} layers (of {layers}) fit")
+    if not ways and (single := int(share * steps * layers)):
+        ways.append(f"value_steps=1 with {single} value_layers (of {layers}) fits")
+    return "".join(f"{way}, " for way in ways)
 
 
 def _free(device: torch.device) -> int | None:

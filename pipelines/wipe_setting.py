@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gen_accel.pipelines.checks import check_flag, check_layers, check_number
 from gen_accel.pipelines.effects import EffectSetting
 from gen_accel.pipelines.flow import SOLVERS, check_solver
 from gen_accel.pipelines.surgery import SCALINGS
@@ -41,7 +42,7 @@ class WipeSetting:
         find_effects: Look for effects; without, only what the mask covers is removed.
         effects: How effects are found.
         value_layers: Layers whose values are kept; None: all.
-        value_steps: Of how many of the noisiest steps values are kept; None: of all.
+        value_steps: Of how many of the noisiest steps values are kept, at least 1; None: of all.
         offload_cache: Keep values in CPU memory.
         cache_limit: GiB that they may take; None: four fifths of what is free.
     """
@@ -74,11 +75,21 @@ class WipeSetting:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}"
                 )
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: at least one")
+        check_number("steps", self.steps, low=1, whole=True)
+        check_number("shift", self.shift, above=0, optional=True)
+        for name in ("guidance_scale", "inversion_guidance", "true_cfg_scale"):
+            check_number(name, getattr(self, name))
         for name in ("background_scale", "foreground_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a positive factor; 1 is off")
+            check_number(name, getattr(self, name), above=0)  # 1 is off
+        check_number("growth", self.growth, low=0)
+        # None kept would be preserve="none" by another name.
+        check_number("value_steps", self.value_steps, low=1, whole=True, optional=True)
+        check_number("cache_limit", self.cache_limit, low=0, optional=True)
+        check_layers("value_layers", self.value_layers)
+        for name in ("adaptive", "find_effects", "offload_cache"):
+            check_flag(name, getattr(self, name))
+        if not isinstance(self.effects, EffectSetting):
+            raise TypeError(f"effects={self.effects!r}: give an EffectSetting")
 
     @property
     def evaluations(self) -> int:

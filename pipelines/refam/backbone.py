@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.layout import TokenGrid
-from gen_accel.pipelines.flow import Text, VideoFlow
+from gen_accel.pipelines.flow import Text, VideoFlow, announce, check_uncached
 
 
 class Backbone:
@@ -22,7 +22,7 @@ class Backbone:
         prompt_template: HunyuanVideo's; None: the pipeline's default.
 
     Raises:
-        ValueError: Another pipeline.
+        ValueError: Another pipeline, or one whose transformer has a cache of diffusers enabled.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Backbone:
             raise ValueError(
                 f"{type(pipe).__name__}: RefAM reads FLUX.1, HunyuanVideo and Wan pipelines"
             )
+        check_uncached(pipe.transformer)
         self.pipe = pipe
         self.guidance = guidance
         self.options: dict[str, Any] = {}
@@ -126,7 +127,11 @@ class Backbone:
 
     @torch.no_grad()
     def forward(self, latents: Tensor, sigma: float, text: Text) -> Tensor:
-        """One forward of the transformer; what it predicts is of no interest."""
+        """One forward of the transformer; what it predicts is of no interest.
+
+        Accelerating processors are told of it: it is a run of one step, whatever ran before.
+        """
+        announce(self.pipe, [sigma])
         if self.flow is not None:
             return self.flow.velocity(latents, sigma, text, self.guidance)
         dtype, (batch, channels, height, width) = self.transformer.dtype, latents.shape

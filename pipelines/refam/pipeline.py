@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from gen_accel.pipelines.checks import check_flag, check_layers, check_number
 from gen_accel.pipelines.frames import to_frames
 from gen_accel.pipelines.probe import block_names
 from gen_accel.pipelines.refam.backbone import Backbone
 from gen_accel.pipelines.refam.expression import Prompt, Word, default_magnets, make_prompt
 from gen_accel.pipelines.refam.heatmap import (
+    AGGREGATIONS,
     DIRECTIONS,
     aggregate,
     find_point,
@@ -44,6 +46,8 @@ _BASES = {
     "HunyuanVideoTransformer3DModel": "HunyuanVideoPipeline",
     "WanTransformer3DModel": "WanPipeline",
 }
+_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+_SECOND = ("text_encoder_2", "tokenizer_2")  # FLUX and HunyuanVideo
 
 
 @dataclass
@@ -115,26 +119,23 @@ class RefAMPipeline(DiffusionPipeline):
         tokenizer_2: Any = None,
     ) -> None:
         super().__init__()
-        name = next(
-            (_BASES[c.__name__] for c in type(transformer).__mro__ if c.__name__ in _BASES), None
+        _base_name(transformer)  # refuses what is none of them
+        self.register_modules(  # type: ignore[attr-defined]
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
-        if name is None:
-            raise ValueError(
-                f"{type(transformer).__name__}: RefAM reads FLUX.1, HunyuanVideo and Wan pipelines"
-            )
-        parts = {
-            "transformer": transformer,
-            "vae": vae,
-            "scheduler": scheduler,
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-        }
-        if name != "WanPipeline":
-            parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
-        both = {"text_encoder_2": None, "tokenizer_2": None, **parts}
-        self.register_modules(**both)  # type: ignore[attr-defined]
-        # Not a component: it only lends its text encoding, and shares every module.
-        self._base = getattr(importlib.import_module("diffusers"), name)(**parts)
+
+    def _base(self) -> Any:
+        """The stock pipeline, which lends its text encoding, of the parts of this moment."""
+        name = _base_name(self.transformer)
+        parts = _PARTS if name == "WanPipeline" else (*_PARTS, *_SECOND)
+        stock = getattr(importlib.import_module("diffusers"), name)
+        return stock(**{part: getattr(self, part) for part in parts})
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> RefAMPipeline:
@@ -155,9 +156,7 @@ class RefAMPipeline(DiffusionPipeline):
                 f"{type(pipeline).__name__}: RefAM takes {', '.join(_BASES.values())}; make one of "
                 "them with from_pipe() first"
             )
-        given = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-        both = (*given, "text_encoder_2", "tokenizer_2")
-        return cls(**{name: getattr(pipeline, name, None) for name in both})
+        return cls(**{name: getattr(pipeline, name, None) for name in (*_PARTS, *_SECOND)})
 
     @torch.no_grad()
     def __call__(
@@ -175,7 +174,7 @@ class RefAMPipeline(DiffusionPipeline):
         seed: int = 0,
         layers: str | Sequence[int] = "auto",
         sinks: str = "drop",
-        sink_rule: SinkRule | None = None,
+        sink_rule: SinkRule | Mapping[str, Any] | None = None,
         aggregation: str = "mean",
         blur: float | None = None,
         robust_point: bool = True,
@@ -211,7 +210,7 @@ class RefAMPipeline(DiffusionPipeline):
                 blocks, or of all where there are fewer than three of those.
             sinks: Sink tokens: ``"none"``, ``"drop"`` (out of the sums) or ``"redirect"`` (their
                 attention counts as the magnets').
-            sink_rule: When a token is a sink.
+            sink_rule: When a token is a sink: a `SinkRule`, or its fields by name.
             aggregation: How word maps are joined, see
                 `gen_accel.pipelines.refam.heatmap.aggregate`.
             blur: Of the heatmap, in tokens; None: the model's choice, or 1.
@@ -226,17 +225,35 @@ class RefAMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: Bad input; the message says what to do.
+            TypeError: An argument of another type.
         """
+        check_number("guidance", guidance)
+        check_number("max_sequence_length", max_sequence_length, low=1, whole=True, optional=True)
         backbone = Backbone(
-            self._base,
+            self._base(),
             guidance=guidance,
             max_sequence_length=max_sequence_length,
             prompt_template=prompt_template,
         )
-        if sinks not in SINKS:
-            raise ValueError(f"sinks={sinks!r}: choose {', '.join(map(repr, SINKS))}")
-        if draws < 1:
-            raise ValueError(f"draws={draws}: at least one noise draw")
+        for name, value, allowed in (
+            ("sinks", sinks, SINKS),
+            ("aggregation", aggregation, AGGREGATIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, allowed))}")
+        check_number("draws", draws, low=1, whole=True)
+        check_number("seed", seed, whole=True)
+        check_number("sigma", sigma, above=0, below=1, optional=True)
+        check_number("blur", blur, low=0, optional=True)
+        for name, flag in (
+            ("spatial", spatial),
+            ("robust_point", robust_point),
+            ("per_frame", per_frame),
+        ):
+            check_flag(name, flag)
+        if not isinstance(expression, str):
+            raise TypeError(f"expression={expression!r}: give a text")
+        rule = None if sinks == "none" else _rule(sink_rule)
         if (image is None) == (video is None):
             raise ValueError("give image= or video=, one of them")
         frames = to_frames([image] if video is None else video)
@@ -246,6 +263,8 @@ class RefAMPipeline(DiffusionPipeline):
             magnets = default_magnets(expression)
         elif isinstance(magnets, str):
             raise ValueError(f"magnets={magnets!r}: give 'default' or a list of words")
+        elif not all(isinstance(word, str) for word in magnets):
+            raise TypeError(f"magnets={magnets!r}: give 'default' or a list of words")
         prompt = make_prompt(
             expression, magnets=magnets, caption=caption, place=place, spatial=spatial
         )
@@ -253,7 +272,6 @@ class RefAMPipeline(DiffusionPipeline):
         direction = choice.direction
         fitted = backbone.fit(frames)
         latents = backbone.encode(fitted[None].to(backbone.device))
-        rule = None if sinks == "none" else sink_rule or SinkRule()
         readings = [
             read(
                 backbone, latents, [prompt.text], heads=choice.heads,
@@ -298,6 +316,20 @@ class RefAMPipeline(DiffusionPipeline):
         )
 
 
+def _base_name(transformer: Any) -> str:
+    """The stock pipeline of a transformer.
+
+    Raises:
+        ValueError: Another transformer.
+    """
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in _BASES:
+            return _BASES[kind.__name__]
+    raise ValueError(
+        f"{type(transformer).__name__}: RefAM reads FLUX.1, HunyuanVideo and Wan pipelines"
+    )
+
+
 @dataclass(frozen=True)
 class Choice:
     """Where a model is read.
@@ -331,6 +363,8 @@ def choose(
 ) -> Choice:
     """Direction, blocks, noise level and blur for a model.
 
+    Noise level and blur that ``chosen.json`` has for the direction hold for other layers too.
+
     Args:
         transformer: The model.
         layers: As in the call of `RefAMPipeline`.
@@ -338,33 +372,39 @@ def choose(
 
     Raises:
         ValueError: No such blocks, no such direction.
+        TypeError: No list of blocks.
     """
     if direction not in ("auto", *DIRECTIONS):
         raise ValueError(
             f"direction={direction!r}: choose 'auto', {', '.join(map(repr, DIRECTIONS))}"
         )
+    if not isinstance(layers, str):
+        check_layers("layers", layers, optional=False)
     names = block_names(transformer)
     table = json.loads((Path(__file__).parent / "chosen.json").read_text(encoding="utf-8"))
     known = table["models"].get(model_key(transformer), {})
     if direction == "auto":
         direction = known.get("direction", "text")
+    best = known.get(direction, {})
+    levels = {name: best[name] for name in ("sigma", "blur") if name in best}
     if not isinstance(layers, str):
         count = len(names)
         blocks = sorted({b + count if b < 0 else b for b in layers})
         if not blocks or blocks[-1] >= count or blocks[0] < 0:
             raise ValueError(f"layers={list(layers)}: the model has blocks 0 to {count - 1}")
-        return Choice(dict.fromkeys(blocks), direction)
+        return Choice(dict.fromkeys(blocks), direction, **levels)
     if layers not in ("auto", "middle"):
         raise ValueError(f"layers={layers!r}: give 'auto', 'middle' or indices of blocks")
-    if layers == "auto" and direction in known:
-        best = known[direction]
-        heads = dict.fromkeys(best["blocks"])
-        return Choice(heads, direction, best["sigma"], best["blur"], "validation")
+    if layers == "auto" and best:
+        return Choice(dict.fromkeys(best["blocks"]), direction, **levels, source="validation")
     dual = [i for i, name in enumerate(names) if not name.startswith("single_")]
     blocks = dual if len(dual) >= 3 else list(range(len(names)))
     third = len(blocks) // 3
     return Choice(
-        dict.fromkeys(blocks[third : len(blocks) - third]), direction, source="middle third"
+        dict.fromkeys(blocks[third : len(blocks) - third]),
+        direction,
+        **levels,
+        source="middle third",
     )
 
 
@@ -448,6 +488,17 @@ def ground_video(pipe: Any, video: Any, expression: str, **call: Any) -> Tensor:
         ValueError: As for `RefAMPipeline`.
     """
     return RefAMPipeline.from_pipe(pipe)(video=video, expression=expression, **call).mask
+
+
+def _rule(given: SinkRule | Mapping[str, Any] | None) -> SinkRule:
+    if isinstance(given, Mapping):
+        known = [f.name for f in fields(SinkRule)]
+        if strange := [name for name in given if name not in known]:
+            raise ValueError(f"sink_rule has {strange}: its fields are {', '.join(known)}")
+        return SinkRule(**given)
+    if not isinstance(given, SinkRule | None):
+        raise TypeError(f"sink_rule={given!r}: give a SinkRule, or its fields by name")
+    return given or SinkRule()
 
 
 def _segment(

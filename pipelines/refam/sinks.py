@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gen_accel.pipelines.checks import check_number
+
 SINKS = ("none", "drop", "redirect")
 
 
@@ -26,11 +28,9 @@ class SinkRule:
     run: int = 3
 
     def __post_init__(self) -> None:
-        if self.kappa <= 1 or self.uniformity <= 0 or self.run < 1:
-            raise ValueError(
-                f"{self}: kappa exceeds 1 (an average key), uniformity is positive and run at "
-                "least 1"
-            )
+        check_number("kappa", self.kappa, above=1)  # 1 is an average key
+        check_number("uniformity", self.uniformity, above=0)
+        check_number("run", self.run, low=1, whole=True)
 
 
 def sink_candidates(mass: Tensor, uniformity: Tensor, keys: Tensor, rule: SinkRule) -> Tensor:

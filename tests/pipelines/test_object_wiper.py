@@ -1,10 +1,12 @@
 """Object-WIPER: invariants on random weights, planted attention, and what it refuses."""
 
 import inspect
+from copy import deepcopy
 
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gen_accel import ParoProcessor, SparseProcessor, apply
 from gen_accel.layout import TokenGrid, TokenLayout
@@ -357,6 +359,65 @@ def test_what_the_stock_pipeline_returns_can_be_wiped(made):
     assert torch.equal(out.frames, wipe(made).frames)
 
 
+def test_parts_that_are_swapped_take_part(made):
+    pipe, arguments = made
+    wiper = ObjectWiperPipeline.from_pipe(pipe)
+    size = {"frames": 9, "size": (64, 96)}
+    before = wipe((wiper, arguments), of=size)
+    wiper = ObjectWiperPipeline.from_pipe(pipe)
+    wiper.set_progress_bar_config(disable=True)
+    wiper.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    call = (*clip(**size), PROMPT, "nothing here", ("red", "ball"))
+    options = {"steps": 2, "solver": "euler", **arguments}
+    policy = SparseProcessor(density=0.5, dense_steps=0.0, min_tokens=0, block=16)
+    with apply(wiper, policy) as handle:
+        out = wiper(*call, generator=_seeded(0), **options)
+        assert handle.stats()["transformer"].sparse > 0
+    assert out.diagnostics.sigmas == [0, 0.5, 1] != before.diagnostics.sigmas
+    plain = wiper(*call, generator=_seeded(0), **options)
+    wiper.transformer = deepcopy(pipe.transformer)
+    with torch.no_grad():
+        for weight in wiper.transformer.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(wiper(*call, generator=_seeded(0), **options).frames, plain.frames)
+
+
+def test_a_scheduler_that_shifts_by_size_needs_a_shift(made):
+    wiper = ObjectWiperPipeline.from_pipe(made[0])
+    wiper.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting has no shift of its own: pass shif"):
+        wipe((wiper, made[1]))
+    shifted = wipe((wiper, made[1]), shift=3.0)
+    assert torch.equal(shifted.frames, wipe(made, shift=3.0).frames)
+
+
+def test_a_list_of_words_is_for_all_clips(made):
+    pipe, arguments = made
+    pipe = ObjectWiperPipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    video, mask = clip(2)
+
+    def words(query):
+        out = pipe(video, mask, PROMPT, "sand", query, steps=1, solver="euler",
+                   generator=_seeded(0), **arguments)  # fmt: skip
+        return out.effects.words
+
+    both = words(("red", "ball"))
+    assert torch.equal(words(["red", "ball"]), both)
+    assert torch.equal(words([("red", "ball"), ["red", "ball"]]), both)
+    assert not torch.equal(words(["red"]), both)
+    with pytest.raises(ValueError, match="query lists 3 and there are 2 clips"):
+        words([("red",), ("ball",), ("ball",)])
+
+
+def test_one_generator_for_each_clip_and_five_items(made):
+    for count in (0, 2):
+        with pytest.raises(ValueError, match=f"generator lists {count} and there are 1 clips"):
+            wipe(made, generator=[_seeded(i) for i in range(count)])
+    items = wipe(made, return_dict=False, find_effects=False)
+    assert len(items) == 5 and items[3] is None and items[4].sigmas[0] == 0
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 REFUSED = [
@@ -372,7 +433,7 @@ REFUSED = [
     ({"preserve": "all"}, "choose one of none, attn_v"),
     ({"solver": "heun"}, "choose one of euler, midpoint"),
     ({"scaling": "query"}, "choose one of key, bias"),
-    ({"foreground_scale": 0}, "positive"),
+    ({"foreground_scale": 0}, "foreground_scale=0: give a number above 0"),
     ({"colour": 1}, "no such option"),
     ({"cache_limit": 1e-6}, "preserve='latent'"),
     ({"prompt": [PROMPT, PROMPT]}, "prompt lists 2 and there are 1"),
@@ -398,6 +459,70 @@ def test_bad_input_is_one_clear_line(made, change, message):
     with pytest.raises(ValueError, match=message) as error:
         wiper(**given)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value_layers": (99,)}, "has layers 0 to"),
+        ({"effects": EffectSetting(response_layers=(99,))}, "has layers 0 to"),
+        ({"cache_limit": 1e-9}, "are allowed: preserve='latent'"),
+    ],
+)
+def test_nothing_runs_before_a_refusal(made, change, message):
+    hook = made[0].transformer.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        wipe(made, **change)
+    hook.remove()
+
+
+def test_a_refusal_names_what_fits(made):
+    needed = wipe(made, steps=4).diagnostics.cache_bytes / 2**30
+    with pytest.raises(ValueError) as error:
+        wipe(made, steps=4, cache_limit=0.6 * needed)
+    assert "value_steps=2 (of 4) fits, " in str(error.value)
+    out = wipe(made, steps=4, cache_limit=0.6 * needed, value_steps=2)
+    assert 0 < out.diagnostics.cache_bytes <= 0.6 * needed * 2**30
+    layers = VideoFlow(made[0], **made[1]).layers
+    fit = int(0.6 * layers)
+    assert f"value_layers of {fit} layers (of {layers}) fit, " in str(error.value)
+    wipe(made, steps=4, cache_limit=0.6 * needed, value_layers=tuple(range(fit)))
+    with pytest.raises(
+        ValueError, match=f"allowed: value_steps=1 with 1 value_layers .of {layers}"
+    ):
+        wipe(made, steps=4, cache_limit=1.01 * needed / 4 / layers)
+
+
+def test_a_cache_of_diffusers_is_refused_first(made):
+    transformer = made[0].transformer
+    transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="disable_cache"):
+        wipe(made)
+    transformer.disable_cache()
+    assert wipe(made).frames.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (WipeSetting, {"steps": 0}, ValueError, "steps=0: give a number at least 1"),
+        (WipeSetting, {"steps": 2.5}, TypeError, "steps=2.5: give a whole number"),
+        (WipeSetting, {"value_steps": -1}, ValueError, "value_steps=-1: give a number at least 1"),
+        (WipeSetting, {"shift": 0}, ValueError, "shift=0: give a number above 0"),
+        (WipeSetting, {"growth": float("nan")}, ValueError, "growth=nan"),
+        (WipeSetting, {"guidance_scale": float("inf")}, ValueError, "that is finite"),
+        (WipeSetting, {"adaptive": "no"}, TypeError, "adaptive='no': give True or False"),
+        (WipeSetting, {"value_layers": 3}, TypeError, "value_layers=3: give a list of layers"),
+        (WipeSetting, {"effects": {"clip": 1}}, TypeError, "give an EffectSetting"),
+        (EffectSetting, {"clip": 2}, ValueError, "clip=2: give a number at least 0 and at most 1"),
+        (EffectSetting, {"grow": -1}, ValueError, "grow=-1: give a number at least 0"),
+        (EffectSetting, {"contrast": "big"}, TypeError, "contrast='big': give a number"),
+        (EffectSetting, {"sigma": 1}, ValueError, "sigma=1: give a number at least 0 and below 1"),
+    ],
+)
+def test_settings_are_checked_where_they_enter(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
 
 
 def test_text_is_as_long_as_the_pipelines_call_makes_it():

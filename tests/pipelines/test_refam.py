@@ -1,13 +1,15 @@
 """RefAM end to end on tiny random pipelines and on the trained toy."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from gen_accel import RefAMPipeline, SpaAttnProcessor, apply
+from gen_accel import RefAMPipeline, SpaAttnProcessor, SparseProcessor, apply
 from gen_accel.eval.toys import load_toy
 from gen_accel.eval.world.render import render
 from gen_accel.eval.world.scene import TOY, sample_scene
@@ -17,6 +19,7 @@ from gen_accel.pipelines.refam.expression import make_prompt
 from gen_accel.pipelines.refam.heatmap import word_shares
 from gen_accel.pipelines.refam.pipeline import choose, ground_video
 from gen_accel.pipelines.refam.reading import read
+from gen_accel.pipelines.refam.sinks import SinkRule
 from helpers import tiny
 
 ROOM = {"max_sequence_length": 128}
@@ -90,6 +93,55 @@ def test_what_the_pipeline_is_made_of_stays():
     refam(video=clip(5), expression="the ball", **HUNYUAN)
     assert torch.equal(tiny.run(pipe, **call), before)
     assert refam.transformer is pipe.transformer and handle.components
+
+
+def test_the_answer_does_not_depend_on_what_ran_before():
+    maps = []
+    for stopped in (False, True):
+        pipe, _ = tiny.tiny_hunyuan()
+        apply(pipe, SparseProcessor(density=0.3, dense_steps=0.5, min_tokens=0, block=16))
+        if stopped:  # a run that was interrupted in its first step, a dense one
+            pipe.scheduler.set_timesteps(4)
+            pipe.scheduler.set_begin_index(0)
+        refam = RefAMPipeline.from_pipe(pipe)
+        out = refam(video=clip(9), expression="the ball", layers=[-1], **HUNYUAN)
+        maps.append(out.heatmap)
+    assert torch.equal(maps[0], maps[1])
+
+
+def test_a_reading_is_a_run_of_its_own():
+    pipe, call = tiny.tiny_hunyuan()
+    handle = apply(pipe, SpaAttnProcessor(dense_steps=1.0, min_tokens=0, block=16))
+    tiny.run(pipe, **call)
+    whole = handle.stats()["transformer"]
+    before = sum(whole.dense.values())
+    RefAMPipeline.from_pipe(pipe)(video=clip(9), expression="the ball", **HUNYUAN)
+    assert sum(whole.dense.values()) == before
+    assert 0 < sum(handle.stats()["transformer"].dense.values()) < before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_that_are_swapped_take_part(case):
+    make, options, frames = CASES[case]
+    refam = RefAMPipeline.from_pipe(make()[0])
+    given = {"video": clip(frames), "expression": "the ball", **options}
+    before = refam(**given).heatmap
+    # A scheduler's noise levels are not read, so it may shift as it likes.
+    refam.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert torch.equal(refam(**given).heatmap, before)
+    refam.transformer = deepcopy(refam.transformer)
+    with torch.no_grad():
+        for weight in refam.transformer.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(refam(**given).heatmap, before)
+
+
+def test_a_cache_of_diffusers_is_refused_first():
+    pipe, _ = tiny.tiny_flux()
+    refam = RefAMPipeline.from_pipe(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="disable_cache"):
+        refam(image=picture(), expression="the ball", **ROOM)
 
 
 def test_offloading_changes_nothing():
@@ -173,6 +225,10 @@ def test_choices_by_model_and_by_name(toy):
         and list(other.heads) == [2, 3, 4]
     )
     assert list(choose(pipe.transformer, [0, -1]).heads) == [0, 8]
+    for layers in ([1, 2], "middle"):  # noise level and blur are the model's all the same
+        given = choose(toy.transformer, layers)
+        assert (given.sigma, given.blur) == (frozen.sigma, frozen.blur) != (0.5, 1.0)
+    assert (other.sigma, other.blur) == (0.5, 1.0)
 
 
 def test_the_head_noun_counts_twice(monkeypatch):
@@ -277,7 +333,7 @@ def test_a_segmenter_is_asked_once_and_carried(toy, scene, monkeypatch):
         ({"image": None, "video": []}, "without frames"),
         ({"layers": [99]}, "the model has blocks 0 to 3"),
         ({"layers": "all"}, "layers='all'"),
-        ({"sigma": 1.0}, "sigma in"),
+        ({"sigma": 1.0}, "sigma=1.0: give a number above 0 and below 1"),
         ({"sinks": "hide"}, "sinks='hide'"),
         ({"direction": "up"}, "direction='up'"),
         ({"magnets": "the of"}, "magnets='the of'"),
@@ -291,6 +347,36 @@ def test_bad_input_is_one_line(wrong, message):
     with pytest.raises(ValueError, match=message) as error:
         refam(**call)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sigma": "abc"}, "sigma='abc': give a number"),
+        ({"layers": 3}, "layers=3: give a list of layers"),
+        ({"draws": "two"}, "draws='two': give a whole number"),
+        ({"magnets": ["a", 3]}, "give 'default' or a list of words"),
+        ({"blur": "much"}, "blur='much': give a number"),
+        ({"sink_rule": 3}, "sink_rule=3: give a SinkRule"),
+        ({"sink_rule": {"run": "long"}}, "run='long': give a whole number"),
+        ({"expression": 3}, "expression=3: give a text"),
+    ],
+)
+def test_arguments_of_another_type_are_named(wrong, message):
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    with pytest.raises(TypeError, match=message):
+        refam(**{"image": picture(), "expression": "the ball", **ROOM, **wrong})
+
+
+def test_a_sink_rule_may_be_given_by_its_fields(monkeypatch):
+    refam = RefAMPipeline.from_pipe(tiny.tiny_flux()[0])
+    given = {"image": picture(), "expression": "the ball", **ROOM}
+    rules = []
+    monkeypatch.setattr(module, "read", lambda *a, rule, **k: rules.append(rule) or read(*a, **k))
+    refam(sink_rule={"kappa": 5}, **given)
+    assert rules == [SinkRule(kappa=5)]
+    with pytest.raises(ValueError, match="its fields are kappa, uniformity, run"):
+        refam(sink_rule={"kapa": 5}, **given)
 
 
 def test_unknown_models_are_refused():
