@@ -297,10 +297,16 @@ def _words(query: Words | Sequence[Words], batch: int) -> list[tuple[str, ...]]:
     """The query words of each clip: words alone are for all, lists of words one for each."""
     if isinstance(query, str):
         return [(query,)] * batch
+    if not isinstance(query, list | tuple):
+        raise TypeError(f"query={query!r}: give words of the prompt, or such a list for each clip")
     if all(isinstance(word, str) for word in query):
         return [tuple(str(word) for word in query)] * batch
-    each = as_batch(list(query), batch, "query")
-    return [(words,) if isinstance(words, str) else tuple(words) for words in each]
+    each = [(words,) if isinstance(words, str) else words
+            for words in as_batch(list(query), batch, "query")]  # fmt: skip
+    for words in each:
+        if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
+            raise TypeError(f"query={query!r}: {words!r} is no list of words of the prompt")
+    return [tuple(words) for words in each]
 
 
 def _queries(

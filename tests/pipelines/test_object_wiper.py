@@ -408,6 +408,9 @@ def test_a_list_of_words_is_for_all_clips(made):
     assert not torch.equal(words(["red"]), both)
     with pytest.raises(ValueError, match="query lists 3 and there are 2 clips"):
         words([("red",), ("ball",), ("ball",)])
+    for wrong in (3, None, [("red",), 3], [("red",), [3]]):
+        with pytest.raises(TypeError, match="words of the prompt"):
+            words(wrong)
 
 
 def test_one_generator_for_each_clip_and_five_items(made):
