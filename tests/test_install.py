@@ -43,6 +43,17 @@ def setup(build, steps=STEPS, **options):
     return pipe, {**call, "num_inference_steps": steps}
 
 
+def forwards(pipe, call):
+    """Keyword arguments of every forward of the transformer in a run."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    tiny.run(pipe, **call)
+    hook.remove()
+    return seen
+
+
 @pytest.mark.parametrize("build", PIPES, ids=lambda b: b.__name__)
 def test_the_one_line(build):
     pipe, call = setup(build)
@@ -186,12 +197,7 @@ def test_another_pipeline_with_a_scheduler_of_its_own_is_noticed(ran, caplog):
 
 def test_the_clean_tokens_of_an_image_do_not_say_the_noise_level():
     pipe, call = setup(tiny.tiny_wan)
-    seen = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given), with_kwargs=True
-    )
-    tiny.run(pipe, **call)
-    hook.remove()
+    seen = forwards(pipe, call)
     handle = apply(pipe.transformer, paro())
     engine = handle.components[0].engine
     for level in (900.0, 500.0):
@@ -314,12 +320,7 @@ def test_a_bare_transformer_knows_no_steps_but_runs():
 
 def test_a_bare_transformer_asked_for_one_step_over_and_over_is_calibrated():
     pipe, call = setup(tiny.tiny_wan)
-    seen = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given), with_kwargs=True
-    )
-    tiny.run(pipe, **call)
-    hook.remove()
+    seen = forwards(pipe, call)
     handle = apply(pipe.transformer, paro())
     with torch.no_grad():
         for _ in range(6):
@@ -459,12 +460,7 @@ def test_a_copied_transformer_runs_on_its_own():
 
 def test_a_bare_transformer_finds_its_timestep_by_position():
     pipe, call = setup(tiny.tiny_flux)
-    seen = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
-    )
-    tiny.run(pipe, **call)
-    hook.remove()
+    seen = forwards(pipe, call)
     handle = apply(pipe.transformer, paro())
     names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
     first = seen[0] | {"controlnet_block_samples": None, "controlnet_single_block_samples": None}
