@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 TUNED = Path(__file__).with_name("tuned.json")
 _KEYS = 64  # per tile of a quantised call, at most
+_RUNGS = 4  # of a ladder that are worth timing: those below save registers that nobody lacks
 DENSITIES = (0.15, 0.35, 1.0)  # upper ends of the bands a configuration is tuned for
 
 
@@ -149,7 +150,7 @@ def candidates(key: Key, rows: int | None = None) -> list[Config]:
     kind = key.masked + 2 * key.tail
     found = []
     for ladder in ladders if rows is None else ladders[::-1]:
-        for height, keys, warps, stages, *programs in ladder.tiles[ladder.first[kind] :]:
+        for height, keys, warps, stages, *programs in ladder.tiles[ladder.first[kind] :][:_RUNGS]:
             if rows in (None, height):
                 if key.precision and not key.tail:
                     keys = most
