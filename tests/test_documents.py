@@ -271,16 +271,19 @@ def test_the_tables_of_whole_steps_are_rendered_from_their_rows():
 
 def test_the_readme_says_what_whole_steps_took():
     page = (ROOT / "docs" / "benchmarks.md").read_text().split(BEGIN)[1]
-    said, whole = {}, []
-    for name in ("paro", "gna", "sparse"):  # the first table: 20,160 tokens
-        line = next(cells(line) for line in page.splitlines() if line.startswith(f"| {name} |"))
-        said[name] = float(line[2])
-        whole.append(float(line[-1]))
-    expected = "{paro:.1f} times (PARO), {gna:.1f} times (GNA) and {sparse:.1f} times".format(
-        **said
-    )
+    # The first case, 20,160 tokens, on every machine.
+    parts = [part for part in page.split("\n**")[1:] if part.startswith("Wan, narrow**")]
+    steps: dict[str, list[float]] = {"paro": [], "gna": [], "sparse": []}
+    whole = []
+    for part in parts:
+        for line in map(cells, part.splitlines()):
+            if line[0] in steps:
+                steps[line[0]].append(float(line[2]))
+                whole.append(float(line[-1]))
+    span = {name: f"{min(x):.1f} to {max(x):.1f} times" for name, x in steps.items()}
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert expected in readme
+    assert len(parts) == 2
+    assert f"{span['paro']} (PARO), {span['gna']} (GNA) and {span['sparse']}" in readme
     assert (
         f"a whole run with its dense first steps {min(whole):.1f} to {max(whole):.1f} times"
         in readme
